@@ -1,0 +1,166 @@
+"""Deep deterministic policy gradient (DDPG) for one action in [0, 1] per step, after Lillicrap et al. (2016).
+
+This file stands alone (torch). Losses and networks follow the paper; the settings are HAQ's (Wang et al., 2019).
+
+    paper         here                meaning                                           shape
+    s, a, r, s'   state, action, ...  one transition of an episode                      (batch, 10), (batch, 1), (batch, 1)
+    mu(s)         actor               the policy: a hidden-layer network into [0, 1]    (batch, 1)
+    Q(s, a)       critic              expected return                                   (batch, 1)
+    mu', Q'       *_target            slowly moving copies, moved by tau per update
+    b             baseline            moving average of the rewards, taken off the critic's targets
+    sigma_e       noise               exploration: standard deviation of a normal truncated to [0, 1]
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass
+class DDPGConfig:
+    """HAQ's settings. replay_episodes counts episodes, warmup_episodes those with uniformly random actions."""
+    hidden: int = 300
+    actor_lr: float = 1e-4
+    critic_lr: float = 1e-3
+    batch_size: int = 64
+    tau: float = 0.01
+    discount: float = 1.0
+    noise: float = 0.5
+    noise_decay: float = 0.99
+    warmup_episodes: int = 20
+    replay_episodes: int = 128
+    baseline_decay: float = 0.95
+
+
+def mlp(inputs: int, hidden: int, output: nn.Module) -> nn.Sequential:
+    """Two hidden layers with ReLU, one output in the range of `output`; a small last layer starts it near 0."""
+    last = nn.Linear(hidden, 1)
+    nn.init.uniform_(last.weight, -3e-3, 3e-3)
+    nn.init.uniform_(last.bias, -3e-3, 3e-3)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), last, output)
+
+
+def q_value(critic: nn.Module, state: Tensor, action: Tensor) -> Tensor:
+    return critic(torch.cat([state, action], 1))
+
+
+def critic_loss(critic, critic_target, actor_target, batch, baseline: float, discount: float) -> Tensor:
+    """Squared Bellman error, y = r - b + discount * Q'(s', mu'(s')), the last term 0 at an episode's end."""
+    state, action, reward, next_state, done = batch
+    with torch.no_grad():
+        next_value = q_value(critic_target, next_state, actor_target(next_state))
+        target = reward - baseline + discount * (1 - done) * next_value
+    return F.mse_loss(q_value(critic, state, action), target)
+
+
+def actor_loss(actor, critic, batch) -> Tensor:
+    """The deterministic policy gradient climbs Q(s, mu(s))."""
+    state = batch[0]
+    return -q_value(critic, state, actor(state)).mean()
+
+
+@torch.no_grad()
+def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    for old, new in zip(target.parameters(), source.parameters()):
+        old.lerp_(new, tau)
+
+
+class Replay:
+    """Transitions (s, a, r, s', done) of the last episodes; every row is real, an episode's end is its done flag."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.episodes: list[tuple[Tensor, ...]] = []
+
+    def add(self, states: Tensor, actions: Tensor, reward: float) -> None:
+        """One episode: states (T, S), actions (T, 1); its reward is given to each of its steps."""
+        steps = len(states)
+        next_states = torch.cat([states[1:], states[-1:]])  # the last row is masked by done
+        done = torch.zeros(steps, 1)
+        done[-1] = 1
+        self.episodes.append((states, actions, torch.full((steps, 1), reward), next_states, done))
+        del self.episodes[:-self.capacity]
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        columns = [torch.cat(column) for column in zip(*self.episodes)]
+        rows = torch.randint(len(columns[0]), (batch_size,), generator=generator)
+        return tuple(column[rows] for column in columns)
+
+
+class DDPG:
+    """The agent. Per episode: `act` on each state, then `learn` once with all states, actions and the reward."""
+
+    def __init__(self, state_size: int, seed: int = 0, config: DDPGConfig = DDPGConfig()):
+        self.config = config
+        self.generator = torch.Generator().manual_seed(seed)
+        with torch.random.fork_rng(devices=[]):  # initial weights from our seed, the caller's generator untouched
+            torch.manual_seed(seed)
+            self.actor = mlp(state_size, config.hidden, nn.Sigmoid())
+            self.critic = mlp(state_size + 1, config.hidden, nn.Identity())
+        self.actor_target, self.critic_target = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_lr)
+        self.replay = Replay(config.replay_episodes)
+        self.baseline = None
+        self.episode = 0
+
+    @property
+    def noise(self) -> float:
+        """sigma_e: decays by a factor an episode once the random episodes are over."""
+        return self.config.noise * self.config.noise_decay ** max(0, self.episode - self.config.warmup_episodes)
+
+    @torch.no_grad()
+    def act(self, state: Tensor, explore: bool = True) -> float:
+        """Action in [0, 1] for a state (S,): uniform while warming up, then mu(s) with truncated normal noise."""
+        if explore and self.episode < self.config.warmup_episodes:
+            return float(torch.rand((), generator=self.generator))
+        mean = float(self.actor(state[None]))
+        if not explore:
+            return mean
+        # Inverse-CDF sampling of a normal truncated to [0, 1] needs one uniform draw and never rejects.
+        normal = torch.distributions.Normal(mean, self.noise)
+        low, high = normal.cdf(torch.tensor([0.0, 1.0]))
+        uniform = torch.rand((), generator=self.generator)
+        return float(normal.icdf(low + uniform * (high - low)).clamp(0, 1))
+
+    def learn(self, states: Tensor, actions: Tensor, reward: float) -> None:
+        """Store one finished episode, states (T, S) and actions (T, 1); after warming up, T updates."""
+        self.replay.add(states, actions, reward)
+        decay = self.config.baseline_decay
+        self.baseline = reward if self.baseline is None else decay * self.baseline + (1 - decay) * reward
+        self.episode += 1
+        if self.episode >= self.config.warmup_episodes:
+            for _ in range(len(states)):
+                self.update()
+
+    def update(self) -> None:
+        config = self.config
+        batch = self.replay.sample(config.batch_size, self.generator)
+        loss = critic_loss(self.critic, self.critic_target, self.actor_target, batch, self.baseline, config.discount)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        loss = actor_loss(self.actor, self.critic, batch)
+        self.actor_optimizer.zero_grad()
+        loss.backward()
+        self.actor_optimizer.step()
+        soft_update(self.actor_target, self.actor, config.tau)
+        soft_update(self.critic_target, self.critic, config.tau)
+
+    def state_dict(self) -> dict:
+        """Everything the next episode depends on, for an exact continuation."""
+        parts = {name: getattr(self, name).state_dict() for name in self._stateful}
+        return {**parts, "replay": self.replay.episodes, "baseline": self.baseline, "episode": self.episode,
+                "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name in self._stateful:
+            getattr(self, name).load_state_dict(state[name])
+        self.replay.episodes = list(state["replay"])
+        self.baseline, self.episode = state["baseline"], state["episode"]
+        self.generator.set_state(state["generator"])
+
+    _stateful = ("actor", "critic", "actor_target", "critic_target", "actor_optimizer", "critic_optimizer")
