@@ -496,13 +496,13 @@ class PolicyEvaluator:
         config = self.config
         self.classifier.load_state_dict(self.base_state)
         models.set_policy(self.classifier, policy)
-        train(self.classifier, self.train_images, self.train_indices, config, config.episode_steps, FINETUNE_LR,
+        train(self.classifier, self.train_images, self.train_indices, config, config.episode_steps, EPISODE_LR,
               FINETUNE_DECAY, "episode")
         return certify.certify_incremental(self.classifier, self.cache, self.images, config.n_p, config.alpha_zeta,
                                            config.gamma, config.eval_batch)
 
 
-FINETUNE_LR, FINETUNE_DECAY = 0.01, 1e-4
+EPISODE_LR, FINETUNE_LR, FINETUNE_DECAY = 0.005, 0.02, 1e-4
 BASE_LR, BASE_DECAY = 0.2, 5e-4
 
 
@@ -514,7 +514,7 @@ def search(environment: BitWidthEnvironment, evaluate: Callable, base_acr: float
     episode's record.
     """
     agent = DDPG(environment.features.shape[1] + 1, config.seed,
-                 DDPGConfig(warmup_episodes=min(20, max(1, config.episodes // 3))))
+                 DDPGConfig(episodes=config.episodes, warmup_episodes=min(20, max(1, config.episodes // 3))))
     log, state_path = out / "search.jsonl", out / "search_state.pt"
     records = []
     if state_path.exists():

@@ -70,7 +70,7 @@ def certified_radius(p_a, sigma: float, p_b=None):
         radius = sigma * norm.ppf(p_a)
     else:
         radius = sigma / 2 * (norm.ppf(p_a) - norm.ppf(_as_array(p_b)))
-    return _as_number(radius * (radius > 0))
+    return _as_number(radius.clip(0))
 
 
 def can_certify(n: int, alpha: float) -> bool:

@@ -12,6 +12,7 @@ This file stands alone (torch). Losses and networks follow the paper; the settin
 """
 
 import copy
+import statistics
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,8 @@ from torch.nn import functional as F
 
 @dataclass
 class DDPGConfig:
-    """HAQ's settings. replay_episodes counts episodes, warmup_episodes those with uniformly random actions."""
+    """HAQ's settings but for the end of exploration: `episodes` is the length of the search, `warmup_episodes` of them
+    take uniformly random actions, and the noise then falls geometrically to `noise_final` at the last."""
     hidden: int = 300
     actor_lr: float = 1e-4
     critic_lr: float = 1e-3
@@ -29,7 +31,8 @@ class DDPGConfig:
     tau: float = 0.01
     discount: float = 1.0
     noise: float = 0.5
-    noise_decay: float = 0.99
+    noise_final: float = 0.1
+    episodes: int = 400
     warmup_episodes: int = 20
     replay_episodes: int = 128
     baseline_decay: float = 0.95
@@ -47,12 +50,13 @@ def q_value(critic: nn.Module, state: Tensor, action: Tensor) -> Tensor:
     return critic(torch.cat([state, action], 1))
 
 
-def critic_loss(critic, critic_target, actor_target, batch, baseline: float, discount: float) -> Tensor:
-    """Squared Bellman error, y = r - b + discount * Q'(s', mu'(s')), the last term 0 at an episode's end."""
+def critic_loss(critic, critic_target, actor_target, batch, baseline: float, scale: float,
+                discount: float) -> Tensor:
+    """Squared Bellman error, y = (r - b) / scale + discount * Q'(s', mu'(s')), the last term 0 at an episode's end."""
     state, action, reward, next_state, done = batch
     with torch.no_grad():
         next_value = q_value(critic_target, next_state, actor_target(next_state))
-        target = reward - baseline + discount * (1 - done) * next_value
+        target = (reward - baseline) / scale + discount * (1 - done) * next_value
     return F.mse_loss(q_value(critic, state, action), target)
 
 
@@ -74,6 +78,7 @@ class Replay:
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.episodes: list[tuple[Tensor, ...]] = []
+        self.columns = None  # the episodes joined, made at the first sample after an add
 
     def add(self, states: Tensor, actions: Tensor, reward: float) -> None:
         """One episode: states (T, S), actions (T, 1); its reward is given to each of its steps."""
@@ -83,9 +88,16 @@ class Replay:
         done[-1] = 1
         self.episodes.append((states, actions, torch.full((steps, 1), reward), next_states, done))
         del self.episodes[:-self.capacity]
+        self.columns = None
+
+    def scale(self) -> float:
+        """Standard deviation of the kept episodes' rewards (1 while they are all equal): the critic's unit."""
+        return statistics.pstdev(float(episode[2][0]) for episode in self.episodes) or 1.0
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        columns = [torch.cat(column) for column in zip(*self.episodes)]
+        if self.columns is None:
+            self.columns = [torch.cat(column) for column in zip(*self.episodes)]
+        columns = self.columns
         rows = torch.randint(len(columns[0]), (batch_size,), generator=generator)
         return tuple(column[rows] for column in columns)
 
@@ -101,16 +113,19 @@ class DDPG:
             self.actor = mlp(state_size, config.hidden, nn.Sigmoid())
             self.critic = mlp(state_size + 1, config.hidden, nn.Identity())
         self.actor_target, self.critic_target = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_lr)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_lr, fused=True)
         self.replay = Replay(config.replay_episodes)
-        self.baseline = None
+        self.baseline, self.scale = None, 1.0
         self.episode = 0
 
     @property
     def noise(self) -> float:
-        """sigma_e: decays by a factor an episode once the random episodes are over."""
-        return self.config.noise * self.config.noise_decay ** max(0, self.episode - self.config.warmup_episodes)
+        """sigma_e: once the random episodes are over, geometrically from `noise` to `noise_final` at the last one."""
+        config = self.config
+        steps = max(1, config.episodes - 1 - config.warmup_episodes)
+        done = min(1.0, max(0, self.episode - config.warmup_episodes) / steps)
+        return config.noise * (config.noise_final / config.noise) ** done
 
     @torch.no_grad()
     def act(self, state: Tensor, explore: bool = True) -> float:
@@ -121,16 +136,16 @@ class DDPG:
         if not explore:
             return mean
         # Inverse-CDF sampling of a normal truncated to [0, 1] needs one uniform draw and never rejects.
-        normal = torch.distributions.Normal(mean, self.noise)
-        low, high = normal.cdf(torch.tensor([0.0, 1.0]))
+        low, high = torch.special.ndtr((torch.tensor([0.0, 1.0]) - mean) / self.noise)
         uniform = torch.rand((), generator=self.generator)
-        return float(normal.icdf(low + uniform * (high - low)).clamp(0, 1))
+        return float((mean + self.noise * torch.special.ndtri(low + uniform * (high - low))).clamp(0, 1))
 
     def learn(self, states: Tensor, actions: Tensor, reward: float) -> None:
         """Store one finished episode, states (T, S) and actions (T, 1); after warming up, T updates."""
         self.replay.add(states, actions, reward)
         decay = self.config.baseline_decay
         self.baseline = reward if self.baseline is None else decay * self.baseline + (1 - decay) * reward
+        self.scale = self.replay.scale()
         self.episode += 1
         if self.episode >= self.config.warmup_episodes:
             for _ in range(len(states)):
@@ -139,7 +154,8 @@ class DDPG:
     def update(self) -> None:
         config = self.config
         batch = self.replay.sample(config.batch_size, self.generator)
-        loss = critic_loss(self.critic, self.critic_target, self.actor_target, batch, self.baseline, config.discount)
+        loss = critic_loss(self.critic, self.critic_target, self.actor_target, batch, self.baseline, self.scale,
+                           config.discount)
         self.critic_optimizer.zero_grad()
         loss.backward()
         self.critic_optimizer.step()
@@ -159,7 +175,7 @@ class DDPG:
     def load_state_dict(self, state: dict) -> None:
         for name in self._stateful:
             getattr(self, name).load_state_dict(state[name])
-        self.replay.episodes = list(state["replay"])
+        self.replay.episodes, self.replay.columns = list(state["replay"]), None
         self.baseline, self.episode = state["baseline"], state["episode"]
         self.generator.set_state(state["generator"])
 
