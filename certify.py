@@ -5,7 +5,7 @@ of shape (channels, height, width); noise has standard deviation sigma in those 
 before any normalisation.
 
     paper     here          meaning
-    f         classifier    base classifier, a callable (batch, channels, height, width) -> logits (batch, classes)
+    f         classifier    base classifier: (batch, channels, height, width) -> logits (batch, classes)
     g         -             smoothed classifier, g(x) = argmax_c P[f(x + eps) = c] with eps ~ N(0, sigma^2 I)
     f^P       classifier    the changed (quantized) classifier, in functions that also take a ReplayCache of f
     c_A       selected      the class chosen on n0 samples; the bounds use samples this choice did not see
@@ -34,7 +34,7 @@ CHUNK = 100  # noise is drawn this many samples at a time: a sample's noise must
 Classifier = Callable[[Tensor], Tensor]
 
 
-# ---- bounds and radii -----------------------------------------------------------------------------------------
+# ---- bounds and radii ----
 
 def lower_confidence_bound(k, n, alpha: float):
     """One-sided Clopper-Pearson lower bound on a probability, from k successes in n independent trials.
@@ -52,16 +52,16 @@ def lower_confidence_bound(k, n, alpha: float):
 
 
 def upper_confidence_bound(k, n, alpha: float):
-    """One-sided Clopper-Pearson upper bound: P[bound >= true probability] >= 1 - alpha. Arguments as above."""
+    """One-sided Clopper-Pearson upper bound: P[bound >= true probability] >= 1 - alpha. Same arguments."""
     return 1 - lower_confidence_bound(_as_array(n) - _as_array(k), n, alpha)
 
 
 def certified_radius(p_a, sigma: float, p_b=None):
-    """Certified l2 radius, sigma/2 (Phi^-1(p_A) - Phi^-1(p_B)) (ARQ, Theorem 2.1), in pixels of [0, 1] images.
+    """Certified l2 radius sigma/2 (Phi^-1(p_A) - Phi^-1(p_B)) (ARQ, Theorem 2.1), in pixels of [0, 1] images.
 
-    p_a is a lower bound on the probability of the predicted class and p_b an upper bound on that of every other
-    class; without p_b, 1 - p_a takes its place (the one-sided radius, sigma Phi^-1(p_A), of published tables).
-    Arrays are welcome. Returns 0 where nothing is certified. Raises ValueError unless sigma > 0.
+    p_a is a lower bound on the probability of the predicted class and p_b an upper bound on that of every
+    other class; without p_b, 1 - p_a takes its place (the one-sided radius, sigma Phi^-1(p_A), of published
+    tables). Arrays are welcome. Returns 0 where nothing is certified. Raises ValueError unless sigma > 0.
     """
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, not {sigma}")
@@ -74,7 +74,7 @@ def certified_radius(p_a, sigma: float, p_b=None):
 
 
 def can_certify(n: int, alpha: float) -> bool:
-    """Whether n samples that all agree give a radius above 0 at this alpha (10 are needed at alpha = 0.001)."""
+    """Whether n samples that all agree give a radius above 0 at this alpha (10 needed at alpha = 0.001)."""
     return lower_confidence_bound(n, n, alpha) > 0.5
 
 
@@ -86,10 +86,10 @@ def _as_number(array):
     return float(array) if array.ndim == 0 else array
 
 
-# ---- noise and sampling ---------------------------------------------------------------------------------------
+# ---- noise and sampling ----
 
 class NoiseKey(NamedTuple):
-    """Names one source of noise. Equal keys replay the same noise; another seed or purpose gives fresh noise."""
+    """Names one source of noise. Equal keys replay it; another seed or purpose gives fresh noise."""
     seed: int
     purpose: str
 
@@ -100,7 +100,7 @@ class NoiseKey(NamedTuple):
 def draw_noise(key: NoiseKey, image_id: int, chunk: int, shape: Sequence[int], device) -> Tensor:
     """Standard normal noise (CHUNK, *shape): samples CHUNK * chunk onwards of one image under one key.
 
-    Depends on the arguments and the device type alone, so cached predictions can be replayed in any batch size.
+    Depends on the arguments and device type alone, so cached predictions can be replayed in any batch size.
     """
     digest = hashlib.sha256(f"{key.seed}|{key.purpose}|{image_id}|{chunk}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -109,8 +109,8 @@ def draw_noise(key: NoiseKey, image_id: int, chunk: int, shape: Sequence[int], d
 
 
 @torch.inference_mode()
-def noisy_predictions(classifier: Classifier, images: Tensor, ids: Sequence[int], sizes: Sequence[int], sigma: float,
-                      key: NoiseKey, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def noisy_predictions(classifier: Classifier, images: Tensor, ids: Sequence[int], sizes: Sequence[int],
+                      sigma: float, key: NoiseKey, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Classify sizes[i] noisy copies of images[i] (B, C, H, W), in order; batches span images and are full.
 
     Yields pairs (rows, classes) of equal length, on the CPU: row i of `images` was given class c once.
@@ -133,8 +133,8 @@ def noisy_predictions(classifier: Classifier, images: Tensor, ids: Sequence[int]
                     batch, rows, filled = [], [], 0
 
 
-def class_counts(classifier: Classifier, images: Tensor, ids: Sequence[int], n: int, num_classes: int, sigma: float,
-                 key: NoiseKey, batch_size: int) -> Tensor:
+def class_counts(classifier: Classifier, images: Tensor, ids: Sequence[int], n: int, num_classes: int,
+                 sigma: float, key: NoiseKey, batch_size: int) -> Tensor:
     """How often each class was predicted among n noisy copies of every image: (B, num_classes), int64."""
     counts = torch.zeros(len(images) * num_classes, dtype=torch.int64)
     for rows, classes in noisy_predictions(classifier, images, ids, [n] * len(ids), sigma, key, batch_size):
@@ -142,15 +142,15 @@ def class_counts(classifier: Classifier, images: Tensor, ids: Sequence[int], n: 
     return counts.view(-1, num_classes)
 
 
-# ---- certificates ---------------------------------------------------------------------------------------------
+# ---- certificates ----
 
 @dataclass
 class Certificate:
     """One certified image. predict is ABSTAIN (-1) with radius 0 where the bound does not exceed 1/2.
 
-    The first six fields are the columns existing tools read; files others published hold only those. The rest is
-    what the radius was computed from: the selected class, its votes n_a, those of the most counted other class
-    n_b, sample sizes, sigma (in [0, 1] pixels) and the one-sided alpha.
+    The first six fields are the columns existing tools read; files others published hold only those. The
+    rest is what the radius was computed from: the selected class, its votes n_a, those of the most counted
+    other class n_b, the sample sizes, sigma (in [0, 1] pixels) and the one-sided alpha.
     """
     idx: int
     label: int
@@ -167,40 +167,50 @@ class Certificate:
     alpha: Optional[float] = None
 
 
-def certify(classifier: Classifier, images: Tensor, labels: Sequence[int], ids: Sequence[int], num_classes: int,
-            sigma: float, n0: int, n: int, alpha: float, key: NoiseKey, batch_size: int = 100) -> list[Certificate]:
+def certify(classifier: Classifier, images: Tensor, labels: Sequence[int], ids: Sequence[int],
+            num_classes: int, sigma: float, n0: int, n: int, alpha: float, key: NoiseKey,
+            batch_size: int = 100) -> list[Certificate]:
     """CERTIFY (Cohen et al., section 3.2.2) for a block of images (B, C, H, W) in [0, 1].
 
-    For each image, with probability at least 1 - alpha over the noise: if the certificate does not abstain, the
-    smoothed classifier predicts `predict` everywhere within l2 distance `radius`. The guarantee holds image by
-    image, so about alpha * B certificates of a block may be wrong. `ids` name the images in the noise key.
+    For each image, with probability at least 1 - alpha over the noise: if the certificate does not abstain,
+    the smoothed classifier predicts `predict` everywhere within l2 distance `radius`. The guarantee holds
+    image by image, so about alpha * B certificates of a block may be wrong. `ids` name the images in the
+    noise key.
     """
     start = time.monotonic()
-    sampling = (num_classes, sigma)
-    counts0 = class_counts(classifier, images, ids, n0, *sampling, key.derive("select"), batch_size)
-    selected = counts0.argmax(1)                                                      # c_A, guessed on n0 samples
-    # n is part of the key: a run asked again for more samples draws all of them anew, and peeks at none.
-    counts = class_counts(classifier, images, ids, n, *sampling, key.derive(f"estimate{n}"), batch_size)
+    counts0 = class_counts(classifier, images, ids, n0, num_classes, sigma, key.derive("select"), batch_size)
+    selected = counts0.argmax(1)                                      # c_A, on samples the bound does not use
+    counts = class_counts(classifier, images, ids, n, num_classes, sigma, estimate_key(key, n), batch_size)
+    return _certificates(ids, labels, selected, counts, n0, sigma, alpha, start)
+
+
+def estimate_key(key: NoiseKey, n: int) -> NoiseKey:
+    """Noise behind the bound. n is part of it: asked for more samples, a run draws all of them anew."""
+    return key.derive(f"estimate{n}")
+
+
+def _certificates(ids, labels, selected, counts, n0, sigma, alpha, start) -> list[Certificate]:
+    """Certificates from selected classes (B,) and votes (B, classes); an image without votes abstains."""
+    n = counts.sum(1)
     n_a = counts.gather(1, selected[:, None]).squeeze(1)
-    n_b = counts.scatter(1, selected[:, None], -1).amax(1)
-    p_lower = lower_confidence_bound(n_a, n, alpha)
+    n_b = counts.scatter(1, selected[:, None], 0).amax(1)
+    p_lower = lower_confidence_bound(n_a, n.clamp(min=1), alpha)
     radius = certified_radius(p_lower, sigma)
-    seconds = (time.monotonic() - start) / len(images)
+    seconds = str(timedelta(seconds=(time.monotonic() - start) / len(labels)))
     rows = []
     for i, label in enumerate(labels):
-        predict = int(selected[i]) if p_lower[i] > 0.5 else ABSTAIN
-        rows.append(Certificate(int(ids[i]), int(label), predict, float(radius[i]), int(predict == label),
-                                str(timedelta(seconds=seconds)), int(selected[i]), int(n_a[i]), int(n_b[i]),
-                                n, n0, sigma, alpha))
+        top = int(selected[i]) if p_lower[i] > 0.5 else ABSTAIN
+        rows.append(Certificate(int(ids[i]), int(label), top, float(radius[i]), int(top == label), seconds,
+                                int(selected[i]), int(n_a[i]), int(n_b[i]), int(n[i]), n0, sigma, alpha))
     return rows
 
 
-def predict(classifier: Classifier, images: Tensor, ids: Sequence[int], num_classes: int, sigma: float, n: int,
-            alpha: float, key: NoiseKey, batch_size: int = 100) -> list[int]:
+def predict(classifier: Classifier, images: Tensor, ids: Sequence[int], num_classes: int, sigma: float,
+            n: int, alpha: float, key: NoiseKey, batch_size: int = 100) -> list[int]:
     """PREDICT (Cohen et al., section 3.2.1): g's class for each image (B, C, H, W), or ABSTAIN.
 
-    Abstains where a two-sided binomial test cannot tell the two most voted classes apart at level alpha, so the
-    returned class differs from g(x) with probability at most alpha.
+    Abstains where a two-sided binomial test cannot tell the two most voted classes apart at level alpha, so
+    the returned class differs from g(x) with probability at most alpha.
     """
     counts = class_counts(classifier, images, ids, n, num_classes, sigma, key.derive("predict"), batch_size)
     votes, classes = counts.topk(2, dim=1)
@@ -208,14 +218,14 @@ def predict(classifier: Classifier, images: Tensor, ids: Sequence[int], num_clas
             for vote, top in zip(votes, classes)]
 
 
-# ---- incremental randomized smoothing (IRS) -------------------------------------------------------------------
+# ---- incremental randomized smoothing (IRS) ----
 
 @dataclass
 class ReplayCache:
     """f's certificates for a set of images, and what f predicted for every sample behind them.
 
-    certificates: one per image; p_lower: (B,) bounds p_A at alpha, 0 where the selected class is wrong;
-    predictions: (B, n) uint8, one byte a sample; key: the noise to replay, as in `certify`.
+    p_lower: (B,) float64, p_A at alpha, 0 where the selected class is wrong; predictions: (B, n) uint8, one
+    byte a sample (int16 beyond 256 classes); key: the noise to replay.
     """
     certificates: list[Certificate]
     p_lower: Tensor
@@ -228,38 +238,27 @@ def certify_and_cache(classifier: Classifier, images: Tensor, labels: Sequence[i
                       batch_size: int = 100) -> ReplayCache:
     """CERTIFY for the base classifier f, keeping each sample's prediction for `certify_incremental`.
 
-    An image whose selected class is wrong contributes 0 to the ACR of f and of every f^P, so it gets no samples
-    beyond n0: its certificate abstains. Guarantee and arguments as in `certify`; at most 256 classes.
+    An image whose selected class is wrong adds 0 to the ACR of f and of every f^P, so it gets no samples
+    beyond n0, and abstains. Guarantee and arguments as in `certify`.
     """
-    if num_classes > 256:
-        dtype = torch.int16
-    else:
-        dtype = torch.uint8
     start = time.monotonic()
     counts0 = class_counts(classifier, images, ids, n0, num_classes, sigma, key.derive("select"), batch_size)
     selected = counts0.argmax(1)
     right = selected == torch.as_tensor(labels)
-    sizes = [n if use else 0 for use in right.tolist()]
-    key = key.derive(f"estimate{n}")
-    predictions = torch.zeros(len(images), n, dtype=dtype)
-    sampled = [classes.to(dtype) for _, classes in
-               noisy_predictions(classifier, images, ids, sizes, sigma, key, batch_size)]
-    if sampled:
-        predictions[right] = torch.cat(sampled).view(-1, n)  # samples come in the order of the images
-    n_a = ((predictions == selected[:, None]).sum(1) * right).tolist()
-    p_lower = lower_confidence_bound(n_a, n, alpha)
-    radius = certified_radius(p_lower, sigma)
-    seconds = str(timedelta(seconds=(time.monotonic() - start) / len(images)))
-    rows = []
-    for i, label in enumerate(labels):
-        sure = p_lower[i] > 0.5
-        rows.append(Certificate(int(ids[i]), int(label), int(selected[i]) if sure else ABSTAIN, float(radius[i]),
-                                int(sure), seconds, int(selected[i]), n_a[i], None, sizes[i], n0, sigma, alpha))
-    return ReplayCache(rows, torch.tensor(p_lower), predictions, key)
+    key = estimate_key(key, n)
+    predictions = torch.zeros(len(images), n, dtype=torch.uint8 if num_classes <= 256 else torch.int16)
+    counts = torch.zeros(len(images), num_classes, dtype=torch.int64)
+    if right.any():
+        sampled = _predictions(classifier, images, ids, right, n, sigma, key, batch_size)
+        predictions[right] = sampled.to(predictions.dtype)
+        counts[right] = torch.stack([row.bincount(minlength=num_classes) for row in sampled])
+    rows = _certificates(ids, labels, selected, counts, n0, sigma, alpha, start)
+    p_lower = lower_confidence_bound([row.n_a for row in rows], [max(row.n, 1) for row in rows], alpha)
+    return ReplayCache(rows, torch.as_tensor(p_lower), predictions, key)
 
 
 class IncrementalCertificate(NamedTuple):
-    """One image certified for f^P by IRS; zeta is None on the branch that draws fresh samples."""
+    """One image certified for f^P by IRS; zeta is None where fresh samples were drawn, or none at all."""
     idx: int
     label: int
     predict: int
@@ -268,15 +267,16 @@ class IncrementalCertificate(NamedTuple):
     zeta: Optional[float]
 
 
-def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tensor, n_p: int, alpha_zeta: float,
-                        gamma: float, batch_size: int = 100) -> list[IncrementalCertificate]:
+def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tensor, n_p: int,
+                        alpha_zeta: float, gamma: float,
+                        batch_size: int = 100) -> list[IncrementalCertificate]:
     """IRS (Ugare et al., Algorithm 2): certify the changed classifier f^P with n_p samples an image.
 
-    images: (B, C, H, W), those the cache was made of. With probability at least 1 - (alpha + alpha_zeta) for each
-    image, by a union bound over p_A and zeta (or over one fresh bound), f^P smoothed predicts `predict` within
-    `radius`: if P[f != f^P] <= zeta then P[f^P = c_A] >= p_A - zeta. The published argument takes for granted
-    that the branch, chosen by looking at p_A, does not spoil the bound. Images whose cached class is wrong
-    cost nothing and count 0.
+    images: (B, C, H, W), those the cache was made of. For each image, with probability at least 1 - (alpha +
+    alpha_zeta), g^P predicts `predict` within `radius`: p_A and zeta fail with probability at most alpha and
+    alpha_zeta, and if neither fails, P[f^P = c_A] >= p_A - zeta. Taken for granted, as published: that
+    choosing the branch by the cached p_A spoils no bound. Images whose cached class is wrong cost nothing
+    and count 0. Raises ValueError if n_p exceeds the cached samples.
     """
     rows = cache.certificates
     sigma, alpha = rows[0].sigma, rows[0].alpha
@@ -287,7 +287,7 @@ def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tens
     right = selected == torch.tensor([row.label for row in rows])
     replayed = right & (cache.p_lower < gamma)
     fresh = right & ~replayed
-    p_new = torch.zeros(len(rows), dtype=torch.float64)                     # lower bound of P[f^P(x + eps) = c_A]
+    p_new = torch.zeros(len(rows), dtype=torch.float64)  # lower bound of P[f^P(x + eps) = c_A]
     zeta = torch.full((len(rows),), math.nan, dtype=torch.float64)
 
     if replayed.any():
@@ -300,21 +300,21 @@ def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tens
         n_a = (new == selected[fresh][:, None]).sum(1)
         p_new[fresh] = torch.as_tensor(lower_confidence_bound(n_a, n_p, alpha + alpha_zeta))
 
-    radius = certified_radius(p_new.clamp(0, 1), sigma)
-    return [IncrementalCertificate(row.idx, row.label, row.selected if p > 0.5 else ABSTAIN, float(r), int(p > 0.5),
-                                   None if math.isnan(z) else z)
+    radius = certified_radius(p_new.clamp(min=0), sigma)
+    return [IncrementalCertificate(row.idx, row.label, row.selected if p > 0.5 else ABSTAIN, float(r),
+                                   int(p > 0.5), None if math.isnan(z) else z)
             for row, p, r, z in zip(rows, p_new.tolist(), radius, zeta.tolist())]
 
 
-def _predictions(classifier, images, ids, mask, n_p, sigma, key, batch_size) -> Tensor:
-    """Predicted classes (mask.sum(), n_p) for the masked images."""
+def _predictions(classifier, images, ids, mask, n, sigma, key, batch_size) -> Tensor:
+    """Predicted classes (mask.sum(), n) of the masked images' first n noisy copies."""
     chosen = mask.nonzero().squeeze(1)
-    stream = noisy_predictions(classifier, images[chosen.to(images.device)], [ids[i] for i in chosen.tolist()],
-                               [n_p] * len(chosen), sigma, key, batch_size)
-    return torch.cat([classes for _, classes in stream]).view(-1, n_p)
+    stream = noisy_predictions(classifier, images[chosen.to(images.device)],
+                               [ids[i] for i in chosen.tolist()], [n] * len(chosen), sigma, key, batch_size)
+    return torch.cat([classes for _, classes in stream]).view(-1, n)
 
 
-# ---- aggregates and files -------------------------------------------------------------------------------------
+# ---- aggregates and files ----
 
 def average_certified_radius(rows) -> float:
     """ACR: mean over images of radius * 1[correct]; wrong and abstained images count 0 (ARQ, section 2)."""
@@ -322,7 +322,7 @@ def average_certified_radius(rows) -> float:
 
 
 def acr_standard_error(rows) -> float:
-    """Standard error of the ACR over images (nan for fewer than two): what another draw of images would change."""
+    """Standard error of the ACR over images (nan below two): what another draw of images would change."""
     values = torch.tensor([row.radius * row.correct for row in rows], dtype=torch.float64)
     return float(values.std() / math.sqrt(len(values)))
 
@@ -336,7 +336,7 @@ COLUMNS = [field.name for field in fields(Certificate)]
 
 
 def write_certificates(file: TextIO, rows: Sequence[Certificate]) -> None:
-    """Append rows to an open TSV file, after the header if it is empty, and flush. Radii keep full precision."""
+    """Append rows to an open TSV, after the header if it is empty, and flush. Radii keep full precision."""
     if file.tell() == 0:
         file.write("\t".join(COLUMNS) + "\n")
     for row in rows:
@@ -346,7 +346,7 @@ def write_certificates(file: TextIO, rows: Sequence[Certificate]) -> None:
 
 
 def read_certificates(path) -> list[Certificate]:
-    """Read a TSV of certificates, ours or one with only the usual columns idx label predict radius correct time.
+    """Read a TSV of certificates, ours or with only the usual columns idx label predict radius correct time.
 
     A last line without its end (an interrupted run) is left out. Raises ValueError, naming file and line, for
     anything else that is not a certificate.

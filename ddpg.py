@@ -1,11 +1,11 @@
 """Deep deterministic policy gradient (DDPG) for one action in [0, 1] per step, after Lillicrap et al. (2016).
 
-This file stands alone (torch). Losses and networks follow the paper; the settings are HAQ's (Wang et al., 2019).
+This file stands alone (torch). Losses and networks follow the paper; settings are HAQ's (Wang et al., 2019).
 
-    paper         here                meaning                                           shape
-    s, a, r, s'   state, action, ...  one transition of an episode                      (batch, 10), (batch, 1), (batch, 1)
-    mu(s)         actor               the policy: a hidden-layer network into [0, 1]    (batch, 1)
-    Q(s, a)       critic              expected return                                   (batch, 1)
+    paper         here                meaning                              shape
+    s, a, r, s'   state, action, ...  one transition of an episode         (batch, 10), (batch, 1), (batch, 1)
+    mu(s)         actor               the policy: a network into [0, 1]    (batch, 1)
+    Q(s, a)       critic              expected return                      (batch, 1)
     mu', Q'       *_target            slowly moving copies, moved by tau per update
     b             baseline            moving average of the rewards, taken off the critic's targets
     sigma_e       noise               exploration: standard deviation of a normal truncated to [0, 1]
@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 @dataclass
 class DDPGConfig:
-    """HAQ's settings but for the end of exploration: `episodes` is the length of the search, `warmup_episodes` of them
-    take uniformly random actions, and the noise then falls geometrically to `noise_final` at the last."""
+    """HAQ's settings but for the end of exploration: `episodes` is the length of the search,
+    `warmup_episodes` of them take uniformly random actions, and the noise then falls geometrically to
+    `noise_final` at the last."""
     hidden: int = 300
     actor_lr: float = 1e-4
     critic_lr: float = 1e-3
@@ -39,11 +40,12 @@ class DDPGConfig:
 
 
 def mlp(inputs: int, hidden: int, output: nn.Module) -> nn.Sequential:
-    """Two hidden layers with ReLU, one output in the range of `output`; a small last layer starts it near 0."""
+    """Two hidden ReLU layers, one output in the range of `output`; a small last layer starts it near 0."""
     last = nn.Linear(hidden, 1)
     nn.init.uniform_(last.weight, -3e-3, 3e-3)
     nn.init.uniform_(last.bias, -3e-3, 3e-3)
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), last, output)
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
+                         last, output)
 
 
 def q_value(critic: nn.Module, state: Tensor, action: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ def q_value(critic: nn.Module, state: Tensor, action: Tensor) -> Tensor:
 
 def critic_loss(critic, critic_target, actor_target, batch, baseline: float, scale: float,
                 discount: float) -> Tensor:
-    """Squared Bellman error, y = (r - b) / scale + discount * Q'(s', mu'(s')), the last term 0 at an episode's end."""
+    """Squared Bellman error, y = (r - b) / scale + discount * Q'(s', mu'(s')), the last term 0 when done."""
     state, action, reward, next_state, done = batch
     with torch.no_grad():
         next_value = q_value(critic_target, next_state, actor_target(next_state))
@@ -73,7 +75,7 @@ def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 
 class Replay:
-    """Transitions (s, a, r, s', done) of the last episodes; every row is real, an episode's end is its done flag."""
+    """Transitions (s, a, r, s', done) of the last episodes; each row is real, done marks an episode's end."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -91,7 +93,7 @@ class Replay:
         self.columns = None
 
     def scale(self) -> float:
-        """Standard deviation of the kept episodes' rewards (1 while they are all equal): the critic's unit."""
+        """Standard deviation of the kept episodes' rewards (1 while all are equal): the critic's unit."""
         return statistics.pstdev(float(episode[2][0]) for episode in self.episodes) or 1.0
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -103,12 +105,12 @@ class Replay:
 
 
 class DDPG:
-    """The agent. Per episode: `act` on each state, then `learn` once with all states, actions and the reward."""
+    """The agent. Per episode: `act` on each state, then `learn` once with all states, actions and reward."""
 
     def __init__(self, state_size: int, seed: int = 0, config: DDPGConfig = DDPGConfig()):
         self.config = config
         self.generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):  # initial weights from our seed, the caller's generator untouched
+        with torch.random.fork_rng(devices=[]):  # weights from our seed, the caller's generator untouched
             torch.manual_seed(seed)
             self.actor = mlp(state_size, config.hidden, nn.Sigmoid())
             self.critic = mlp(state_size + 1, config.hidden, nn.Identity())
@@ -121,7 +123,7 @@ class DDPG:
 
     @property
     def noise(self) -> float:
-        """sigma_e: once the random episodes are over, geometrically from `noise` to `noise_final` at the last one."""
+        """sigma_e: after the random episodes, geometrically from `noise` to `noise_final` at the last."""
         config = self.config
         steps = max(1, config.episodes - 1 - config.warmup_episodes)
         done = min(1.0, max(0, self.episode - config.warmup_episodes) / steps)
@@ -129,7 +131,7 @@ class DDPG:
 
     @torch.no_grad()
     def act(self, state: Tensor, explore: bool = True) -> float:
-        """Action in [0, 1] for a state (S,): uniform while warming up, then mu(s) with truncated normal noise."""
+        """Action in [0, 1] for a state (S,): uniform in warm-up, then mu(s) with truncated normal noise."""
         if explore and self.episode < self.config.warmup_episodes:
             return float(torch.rand((), generator=self.generator))
         mean = float(self.actor(state[None]))
@@ -154,8 +156,8 @@ class DDPG:
     def update(self) -> None:
         config = self.config
         batch = self.replay.sample(config.batch_size, self.generator)
-        loss = critic_loss(self.critic, self.critic_target, self.actor_target, batch, self.baseline, self.scale,
-                           config.discount)
+        loss = critic_loss(self.critic, self.critic_target, self.actor_target, batch, self.baseline,
+                           self.scale, config.discount)
         self.critic_optimizer.zero_grad()
         loss.backward()
         self.critic_optimizer.step()

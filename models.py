@@ -1,17 +1,17 @@
 """Networks, the quantizer, and what a bit-width policy costs.
 
-A policy is plain data, {layer name: [w_bits, a_bits]}, as stored in policy.json. `quantize_model` makes any network
-of convolutions and linear layers quantizable in place; `set_policy` changes all widths at any time.
+A policy is plain data, {layer name: [w_bits, a_bits]}, as stored in policy.json. `quantize_model` makes any
+network of convolutions and linear layers quantizable in place; `set_policy` changes all widths at any time.
 
     paper        here           meaning                                             shape
-    b_w, b_a     w_bits, a_bits widths of a layer's weights and of its input         2..8, or both 32: the float layer
+    b_w, b_a     w_bits, a_bits widths of a layer's weights and of its input        2..8, or both 32 (float)
     s_w, s_a     w_step, a_step learned step sizes                                  (c_out,) and ()
-    q            quantize(v)    integer round(v / s) within [q_min, q_max]           as v
+    q            quantize(v)    integer round(v / s) within [q_min, q_max]          as v
     MACs[l]      Layer.macs     multiply-accumulates of a layer for one image
     BitOPs(P)    bitops         sum over layers of MACs * w_bits * a_bits
     size(P)      size_bytes     sum over layers of weights * w_bits, in bytes
 
-Sources: LSQ (Esser et al., ICLR 2020) for learned steps; He et al. (2016), section 4.2, for the CIFAR ResNets.
+Sources: LSQ (Esser et al., ICLR 2020) for learned steps; He et al. (2016), section 4.2, for CIFAR ResNets.
 """
 
 import math
@@ -32,10 +32,10 @@ TORCHVISION_NETS = ("resnet18", "resnet50", "mobilenet_v2")
 Policy = dict[str, list[int]]
 
 
-# ---- networks -------------------------------------------------------------------------------------------------
+# ---- networks ----
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: the identity, a 1x1 convolution, or (option A) zero-padded channels."""
+    """Two 3x3 convolutions and a shortcut: identity, 1x1 convolution, or (option A) zero-padded channels."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, option_a: bool):
         super().__init__()
@@ -46,7 +46,8 @@ class BasicBlock(nn.Module):
         self.pad, self.stride = (c_out - c_in) // 2, stride
         self.downsample = None
         if c_in != c_out and not option_a:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False),
+                                            nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -98,23 +99,25 @@ class Classifier(nn.Module):
 
 
 def build_classifier(arch: str, num_classes: int, mean=CIFAR10_MEAN, std=CIFAR10_STD, option_a: bool = False):
-    """A float Classifier by name. CIFAR ResNets take the depth from their name; others come from torchvision."""
+    """A float Classifier by name. CIFAR ResNets take the depth from their name; others are torchvision's."""
     if arch in CIFAR_RESNETS:
         net = CifarResNet(CIFAR_RESNETS[arch], num_classes, option_a)
     elif arch in TORCHVISION_NETS:
         net = getattr(torchvision.models, arch)(weights=None, num_classes=num_classes)
     else:
-        raise ValueError(f"unknown network {arch!r}; there are {', '.join([*CIFAR_RESNETS, *TORCHVISION_NETS])}")
+        raise ValueError(f"unknown network {arch!r}; "
+                         f"there are {', '.join([*CIFAR_RESNETS, *TORCHVISION_NETS])}")
     return Classifier(net, mean, std)
 
 
 def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None) -> Classifier:
     """A float Classifier from a file in one of the layouts in public use.
 
-    Taken: a bare state dict; {"state_dict": ...} with prefixes `module.` and `1.` (the network behind a normalise
-    layer) in any order; CIFAR ResNets with shortcuts named `shortcut`, or none (option A), whose last layer is
-    `linear`, which were trained with ImageNet's normalisation. mean and std override what the layout implies.
-    Raises ValueError, naming the first difference, where the weights are not those of `arch`.
+    Taken: a bare state dict; {"state_dict": ...} with prefixes `module.` and `1.` (the network behind a
+    normalise layer) in any order; CIFAR ResNets with shortcuts named `shortcut`, or none (option A), whose
+    last layer is `linear`, which were trained with ImageNet's normalisation. mean and std override what the
+    layout implies. Raises ValueError, naming the first difference, where the weights are not those of
+    `arch`.
     """
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
@@ -134,13 +137,13 @@ def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None)
     std = std or (CIFAR10_STD if small else IMAGENET_STD)
     classifier = build_classifier(arch, num_classes, mean, std, option_a)
     wanted = classifier.net.state_dict()
-    counters = [key for key in wanted if key.endswith("num_batches_tracked")]  # absent from old files, and unused
+    counters = [key for key in wanted if key.endswith("num_batches_tracked")]  # not in old files, and unused
     state.update({key: wanted[key] for key in counters if key not in state})
     wrong = [key for key in {**wanted, **state}
              if key not in state or key not in wanted or state[key].shape != wanted[key].shape]
     if wrong:
-        raise ValueError(f"{path} does not hold a {arch} with {num_classes} classes: {len(wrong)} weights differ, "
-                         f"the first is {wrong[0]}; give the --arch it was trained with")
+        raise ValueError(f"{path} does not hold a {arch} with {num_classes} classes: {len(wrong)} "
+                         f"weights differ, the first is {wrong[0]}; give the --arch it was trained with")
     classifier.net.load_state_dict(state)
     return classifier
 
@@ -149,10 +152,10 @@ def _common_prefix(state: dict) -> Optional[str]:
     return next((p for p in ("module.", "1.", "net.") if all(key.startswith(p) for key in state)), None)
 
 
-# ---- quantizer ------------------------------------------------------------------------------------------------
+# ---- quantizer ----
 
 def integer_range(bits: int, signed: bool, symmetric: bool = False) -> tuple[int, int]:
-    """[q_min, q_max]: 0..2^b - 1 unsigned, -2^(b-1)..2^(b-1) - 1 signed, without the lowest value if symmetric."""
+    """[q_min, q_max]: 0..2^b - 1 unsigned, -2^(b-1)..2^(b-1) - 1 signed, without the lowest if symmetric."""
     if not signed:
         return 0, 2 ** bits - 1
     q_max = 2 ** (bits - 1) - 1
@@ -167,8 +170,8 @@ def quantize(v: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
 class FakeQuantize(torch.autograd.Function):
     """step * round(clip(v / step)) with LSQ's gradients (Esser et al., section 2.1).
 
-    Straight through for v inside the clip range and zero outside; the step's gradient is q - v/step inside and q
-    outside, times 1 / sqrt(N Q) with N elements per step (of one sample, for activations) and Q = q_max.
+    Straight through for v inside the clip range and zero outside; the step's gradient is q - v/step inside
+    and q outside, times 1 / sqrt(N Q) with N elements per step (of one sample for activations) and Q = q_max.
     """
 
     @staticmethod
@@ -204,9 +207,9 @@ def best_step(v: Tensor, q_min: int, q_max: int, candidates: int = 32) -> Tensor
 class QuantLayer(nn.Module):
     """A convolution or linear layer with its BatchNorm, quantizing its own weights and its own input.
 
-    At 32 bits it is the float layer. With gradients, or in training mode, it simulates: fake-quantized input and
-    weights, BatchNorm in float. Otherwise it evaluates integers: acc = conv(q_a, q_w), then one float32 epilogue
-    per channel, acc * scale + shift, with steps, bias and BatchNorm folded into both.
+    At 32 bits it is the float layer. With gradients, or in training mode, it simulates: fake-quantized input
+    and weights, BatchNorm in float. Otherwise it evaluates integers: acc = conv(q_a, q_w), then one float32
+    epilogue per channel, acc * scale + shift, with steps, bias and BatchNorm folded into both.
     """
 
     def __init__(self, layer: nn.Module, norm: nn.Module):
@@ -214,7 +217,8 @@ class QuantLayer(nn.Module):
         self.weight, self.bias, self.norm = layer.weight, layer.bias, norm
         self.conv = None
         if isinstance(layer, nn.Conv2d):
-            self.conv = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups)
+            self.conv = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation,
+                             groups=layer.groups)
         self.w_step = nn.Parameter(torch.ones(len(layer.weight)))
         self.a_step = nn.Parameter(torch.ones(()))
         self.register_buffer("signed", torch.tensor(False))
@@ -234,12 +238,12 @@ class QuantLayer(nn.Module):
             return self.norm(self._multiply(x, self.weight, self.bias))
         w_range = integer_range(self.w_bits, True, True)
         a_range = integer_range(self.a_bits, bool(self.signed))
-        w_step = self.w_step.view(-1, *[1] * (self.weight.ndim - 1))
+        step = self.w_step.view(-1, *[1] * (self.weight.ndim - 1))
         if self.training or torch.is_grad_enabled():
-            w = FakeQuantize.apply(self.weight, w_step, *w_range, self.weight[0].numel())
+            w = FakeQuantize.apply(self.weight, step, *w_range, self.weight[0].numel())
             a = FakeQuantize.apply(x, self.a_step, *a_range, x[0].numel())
             return self.norm(self._multiply(a, w, self.bias))
-        acc = self._multiply(quantize(x, self.a_step, *a_range), quantize(self.weight, w_step, *w_range), None)
+        acc = self._multiply(quantize(x, self.a_step, *a_range), quantize(self.weight, step, *w_range), None)
         scale, shift = (v.view(-1, *[1] * (acc.ndim - 2)) for v in self._epilogue())
         return acc.mul_(scale).add_(shift)
 
@@ -248,18 +252,19 @@ class QuantLayer(nn.Module):
 
     def _epilogue(self) -> tuple[Tensor, Tensor]:
         """scale and shift (c_out,) that take the integer sum to the layer's output."""
-        scale, shift = self.w_step * self.a_step, torch.zeros_like(self.w_step) if self.bias is None else self.bias
+        scale = self.w_step * self.a_step
+        shift = torch.zeros_like(self.w_step) if self.bias is None else self.bias
         if isinstance(self.norm, nn.Identity):
             return scale, shift
         gain = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
         return scale * gain, (shift - self.norm.running_mean) * gain + self.norm.bias
 
 
-# ---- the layer table and what a policy costs ------------------------------------------------------------------
+# ---- the layer table and what a policy costs ----
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of the layer table, in the order of execution. kernel, stride and input map size count one side."""
+    """One row of the layer table, in order of execution. kernel, stride and input map size count one side."""
     name: str
     c_in: int
     c_out: int
@@ -275,9 +280,9 @@ def quantize_model(classifier: nn.Module, image_size: int) -> list[Layer]:
     """Replace every convolution and linear layer, and the BatchNorm it feeds, by a QuantLayer at 32 bits.
 
     Layers, shapes and the BatchNorm that belongs to each are read off one forward pass at (3, image_size,
-    image_size), so any network will do whose layers run once a pass. Returns the layer table in execution order;
-    names are the module paths inside `classifier.net` (or the module itself). Raises ValueError for a layer that
-    never runs or runs twice.
+    image_size), so any network will do whose layers run once a pass. Returns the layer table in execution
+    order; names are the module paths inside `classifier.net` (or the module itself). Raises ValueError for a
+    layer that never runs or runs twice.
     """
     body = getattr(classifier, "net", classifier)
     names = {module: name for name, module in body.named_modules()}
@@ -333,7 +338,8 @@ def set_policy(classifier: nn.Module, policy: Policy) -> None:
     """Set every layer's widths. Raises ValueError unless the policy names exactly the network's layers."""
     layers = quant_layers(classifier)
     if layers.keys() != policy.keys():
-        raise ValueError(f"the policy's layers are not the network's: {sorted(layers.keys() ^ policy.keys())[:3]} ...")
+        raise ValueError("the policy's layers are not the network's: "
+                         f"{sorted(layers.keys() ^ policy.keys())[:3]} ...")
     for name, (w_bits, a_bits) in policy.items():
         both_float = w_bits == a_bits == FLOAT_BITS
         if not both_float and not (MIN_BITS <= w_bits <= MAX_BITS and MIN_BITS <= a_bits <= MAX_BITS):
@@ -351,7 +357,7 @@ def keep_steps_positive(classifier: nn.Module) -> None:
 
 @torch.no_grad()
 def calibrate(classifier: nn.Module, batches: Iterable[Tensor], values: int = 65536) -> None:
-    """Find, on the float network, each layer's activation step for every width and whether its input is signed.
+    """Find, on the float network, each layer's activation step per width and whether its input is signed.
 
     batches: images (B, 3, H, W) as the network will see them, noise included. The steps minimise the squared
     error on about `values` inputs a layer; the input is unsigned if none of them is below zero.
@@ -379,22 +385,6 @@ def calibrate(classifier: nn.Module, batches: Iterable[Tensor], values: int = 65
             layer.calibrated_steps[bits] = best_step(sample, *integer_range(bits, bool(layer.signed)))[0]
 
 
-@torch.no_grad()
-def reestimate_batchnorm(classifier: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Replace BatchNorm's running statistics by the plain average over the given noisy batches (B, 3, H, W)."""
-    norms = [m for m in classifier.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # PyTorch's cumulative average
-    classifier.train()
-    for batch in batches:
-        classifier(batch)
-    classifier.eval()
-    for norm, momentum in zip(norms, momenta):
-        norm.momentum = momentum
-
-
 def bitops(table: list[Layer], policy: Policy) -> int:
     """BitOPs(P) = sum of MACs * w_bits * a_bits for one image (PAPER section 1)."""
     return sum(layer.macs * policy[layer.name][0] * policy[layer.name][1] for layer in table)
@@ -410,21 +400,26 @@ def size_bytes(table: list[Layer], policy: Policy) -> int:
     return math.ceil(sum(layer.weights * policy[layer.name][0] for layer in table) / 8)
 
 
+def size_ratio(table: list[Layer], policy: Policy) -> float:
+    """size(P) / size(FP32)."""
+    return size_bytes(table, policy) / size_bytes(table, uniform_policy(table, FLOAT_BITS, FLOAT_BITS))
+
+
 def uniform_policy(table: list[Layer], bits: int, end_bits: int = END_BITS) -> Policy:
     """The same width everywhere but in the first and the last layer."""
     ends = (table[0].name, table[-1].name)
     return {layer.name: [end_bits, end_bits] if layer.name in ends else [bits, bits] for layer in table}
 
 
-# ---- saved networks -------------------------------------------------------------------------------------------
+# ---- saved networks ----
 
 def save_model(path, classifier: Classifier, arch: str, num_classes: int, image_size: int, policy: Policy,
                sigma: float) -> None:
-    """Write a network with its policy and what is needed to rebuild and certify it; complete or not at all."""
+    """Write a network, its policy and what is needed to rebuild and certify it; complete or not at all."""
     option_a = isinstance(classifier.net, CifarResNet) and classifier.net.layer2[0].downsample is None
     part = f"{path}.part"
     torch.save({"arch": arch, "num_classes": num_classes, "image_size": image_size, "option_a": option_a,
-                     "sigma": sigma, "policy": policy, "state_dict": classifier.state_dict()}, part)
+                "sigma": sigma, "policy": policy, "state_dict": classifier.state_dict()}, part)
     os.replace(part, path)
 
 
@@ -438,7 +433,7 @@ def saved_options(path) -> dict:
 
 
 def load_model(path) -> tuple[Classifier, list[Layer], dict]:
-    """What save_model wrote: the quantized classifier in evaluation mode, its layer table, and the file's entries."""
+    """What save_model wrote: quantized classifier in evaluation mode, layer table and the file's entries."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         classifier = build_classifier(saved["arch"], saved["num_classes"], option_a=saved["option_a"])
@@ -448,5 +443,6 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load and the dictionary raise many kinds for other files
-        raise ValueError(f"{path}: not a network saved by this program ({str(error).splitlines()[0][:80]})") from None
+        raise ValueError(f"{path}: not a network saved by this program "
+                         f"({str(error).splitlines()[0][:80]})") from None
     return classifier.eval(), table, saved

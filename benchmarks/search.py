@@ -1,0 +1,106 @@
+"""Does the agent beat random search with the same number of evaluations? On real evaluations, with a control.
+
+    python benchmarks/search.py --run runs/RUN --data data [--seeds 3] [--episodes 40]
+
+Takes a finished run of arq.py for its base, search images and cache, and runs three searches per seed with that
+run's evaluator: the agent; uniformly random actions; and a control that learns nothing, a normal around 1/2 whose
+spread shrinks as the agent's does. The policies' ACR is the search reward's. Each search is resumable (one line an
+episode under results/search/), so the command can be stopped and given again. Prints a table and writes
+results/search/summary.json.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import arq  # noqa: E402
+import certify  # noqa: E402
+import models  # noqa: E402
+from ddpg import DDPG  # noqa: E402
+
+
+class RandomAgent(DDPG):
+    """Uniformly random actions, nothing learned."""
+
+    def act(self, state, explore=True):
+        return float(torch.rand((), generator=self.generator))
+
+    def learn(self, states, actions, reward):
+        self.episode += 1
+
+
+class FixedAgent(RandomAgent):
+    """The agent's exploration around a mean that never moves."""
+
+    act = DDPG.act
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.actor = lambda state: torch.full((len(state), 1), 0.5)
+
+    def state_dict(self):
+        return {"episode": self.episode, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state):
+        self.episode = state["episode"]
+        self.generator.set_state(state["generator"])
+
+
+def evaluator(run: Path, data: str):
+    """The environment, the evaluator and the base's ACR of a finished run."""
+    config = arq.Config(**json.loads((run / "config.json").read_text()), data=data, device="auto")
+    config = arq.complete_config(config)
+    images, _ = arq.load_images(config)
+    search_ids = arq.evenly_spaced(config.search_images, len(images))
+    train_ids = sorted(set(range(len(images))) - set(search_ids))
+    classifier, trained = arq.build_base(config, len(images.classes))
+    assert trained, "the run's base classifier is gone"
+    table = models.quantize_model(classifier, config.image_size)
+    search_images = images.batch(search_ids, config.device)
+    arq.calibrate(classifier, search_images[:256], config)
+    cache = arq.certify_and_keep(classifier, search_images, [images.labels[i] for i in search_ids], search_ids,
+                                 len(images.classes), config, run / "search_cache.pt")
+    evaluate = arq.PolicyEvaluator(classifier, cache, search_images, images, train_ids, config)
+    environment = arq.BitWidthEnvironment(table, config.budget, config.size_budget)
+    return environment, evaluate, certify.average_certified_radius(cache.certificates)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--data", default="data")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--episodes", type=int, default=40)
+    options = parser.parse_args()
+    environment, evaluate, base_acr = evaluator(options.run, options.data)
+    name = options.run.resolve().name
+    found = {}
+    for seed in range(options.seeds):
+        for method, agent in (("agent", DDPG), ("random", RandomAgent), ("fixed mean", FixedAgent)):
+            out = ROOT / "results" / "search" / f"{name}-{method.replace(' ', '-')}-seed{seed}"
+            out.mkdir(parents=True, exist_ok=True)
+            arq.DDPG = agent
+            print(f"{method}, seed {seed}")
+            arq.search(environment, evaluate, base_acr, options.episodes, seed, out)
+            acrs = [json.loads(line)["acr"] for line in (out / "search.jsonl").read_text().splitlines()]
+            found.setdefault(method, []).append({"best": max(acrs), "last ten": statistics.mean(acrs[-10:]),
+                                                 "all": statistics.mean(acrs)})
+    print(f"\nbase ACR {base_acr:.4f}, {options.episodes} episodes, {options.seeds} seeds: mean (lowest to highest)")
+    for method, rows in found.items():
+        texts = []
+        for key in ("best", "last ten", "all"):
+            values = [row[key] for row in rows]
+            texts.append(f"{key} {statistics.mean(values):.4f} ({min(values):.4f} to {max(values):.4f})")
+        print(f"{method:<12}" + ", ".join(texts))
+    summary = {"run": name, "base_acr": base_acr, "episodes": options.episodes, "methods": found}
+    (ROOT / "results" / "search" / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

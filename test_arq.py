@@ -1,0 +1,730 @@
+"""Properties people rely on. Seeded, real code throughout, a few minutes on two cores; no data needed."""
+
+import ast
+import copy
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import binom, binomtest, norm
+from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms.v2.functional import to_pil_image
+
+import arq
+import certify
+import models
+from certify import ABSTAIN, NoiseKey
+from ddpg import DDPG, DDPGConfig, Replay, actor_loss, critic_loss, soft_update
+
+HERE = Path(__file__).parent
+KEY = NoiseKey(0, "test")
+
+
+# ---- certify.py: bounds and radii ----
+
+@pytest.mark.parametrize("n", [1, 7, 100])
+def test_bounds_invert_the_exact_binomial_tail(n):
+    """The lower bound is the p at which seeing k or more has probability exactly alpha; likewise above."""
+    for alpha in (0.001, 0.05):
+        for k in range(n + 1):
+            low = certify.lower_confidence_bound(k, n, alpha)
+            high = certify.upper_confidence_bound(k, n, alpha)
+            assert low == 0 if k == 0 else math.isclose(binom.sf(k - 1, n, low), alpha, rel_tol=1e-6)
+            assert high == 1 if k == n else math.isclose(binom.cdf(k, n, high), alpha, rel_tol=1e-6)
+
+
+def test_bounds_take_arrays_and_refuse_impossible_counts():
+    bounds = certify.lower_confidence_bound(torch.tensor([0, 50, 100]), 100, 0.001)
+    assert bounds.tolist() == [certify.lower_confidence_bound(k, 100, 0.001) for k in (0, 50, 100)]
+    for k, n, alpha in ((3, 2, 0.1), (-1, 2, 0.1), (0, 0, 0.1), (1, 2, 0.0), (1, 2, 1.0)):
+        with pytest.raises(ValueError):
+            certify.lower_confidence_bound(k, n, alpha)
+
+
+def violations(alpha: float, p: float = 0.93, n: int = 200, trials: int = 2000) -> int:
+    """How often the lower bound exceeds the truth."""
+    generator = torch.Generator().manual_seed(1)
+    k = torch.binomial(torch.full((trials,), float(n)), torch.full((trials,), p), generator=generator)
+    return int((certify.lower_confidence_bound(k, n, alpha) > p).sum())
+
+
+def test_coverage_of_the_lower_bound():
+    """At alpha = 0.05, no more violations in 2,000 than chance allows; at four times alpha, clearly more."""
+    allowed = binom.ppf(0.999, 2000, 0.05)
+    assert violations(0.05) <= allowed < violations(0.20)
+
+
+def test_radius_worked_by_hand():
+    """990 of 1,000 votes at alpha = 0.001: p_A >= 0.97785, R = 0.25 * 2.0106 (the README's example)."""
+    p_lower = certify.lower_confidence_bound(990, 1000, 0.001)
+    assert p_lower == pytest.approx(0.977, abs=1e-3)
+    assert certify.certified_radius(p_lower, 0.25) == pytest.approx(0.25 * norm.ppf(p_lower))
+    assert certify.certified_radius(0.9, 0.5, 0.05) == pytest.approx(0.25 * (norm.ppf(0.9) - norm.ppf(0.05)))
+    assert certify.certified_radius([0.2, 0.5, 0.0], 1.0).tolist() == [0, 0, 0]
+    assert certify.can_certify(10, 0.001) and not certify.can_certify(9, 0.001)
+
+
+# ---- certify.py: sampling and certificates ----
+
+def linear_classifier(shape=(3, 8, 8)):
+    """Two classes split by a plane: the smoothed radius is margin / norm of the weights, exactly."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    weight /= weight.norm()
+
+    def classifier(x):
+        score = (x * weight).sum((1, 2, 3))
+        return torch.stack([score, torch.zeros_like(score)], 1)
+
+    return classifier, weight
+
+
+def test_certified_radius_never_exceeds_a_linear_classifiers_margin():
+    """alpha = 0.001 and 60 images: one false certificate in 17 runs of other seeds, none here; tight."""
+    classifier, weight = linear_classifier()
+    margins = torch.linspace(-0.6, 0.6, 60)
+    images = margins[:, None, None, None] * weight  # the plane's distance is the margin: weight has norm 1
+    labels = (margins <= 0).int().tolist()
+    rows = certify.certify(classifier, images, labels, range(60), 2, 0.5, 100, 2000, 0.001, KEY, 64)
+    radii = torch.tensor([row.radius for row in rows])
+    assert (radii <= margins.abs() + 1e-6).all()
+    clear = margins.abs() > 0.2
+    assert all(rows[i].correct for i in clear.nonzero().flatten())
+    assert (radii[clear] > 0.75 * margins.abs()[clear] - 0.05).all()
+    assert all(row.predict == ABSTAIN and row.radius == 0 for row, m in zip(rows, margins) if abs(m) < 0.01)
+
+
+def test_noise_and_predictions_do_not_depend_on_the_batch_size():
+    pixels = lambda x: x.flatten(1)[:, :5]  # noqa: E731  a class for every sample, by comparisons alone
+    images, ids, sizes = torch.rand(3, 3, 4, 4), [7, 1, 30], [130, 0, 250]
+    found = []
+    for batch_size in (1, 33, 100, 1000):
+        batches = list(certify.noisy_predictions(pixels, images, ids, sizes, 0.3, KEY, batch_size))
+        assert all(len(rows) == batch_size for rows, _ in batches[:-1])  # batches span images and are full
+        found.append([torch.cat(parts).tolist() for parts in zip(*batches)])
+    assert all(result == found[0] for result in found)
+    alone = list(certify.noisy_predictions(pixels, images[2:], ids[2:], sizes[2:], 0.3, KEY, 100))
+    assert torch.cat([classes for _, classes in alone]).tolist() == found[0][1][130:]
+
+
+def test_noise_is_keyed_by_seed_purpose_image_and_chunk():
+    draws = [certify.draw_noise(NoiseKey(seed, purpose), image, chunk, (3, 4, 4), "cpu")
+             for seed in (0, 1) for purpose in ("a", "b") for image in (0, 1) for chunk in (0, 1)]
+    assert len({draw.sum().item() for draw in draws}) == len(draws)
+    assert torch.equal(draws[0], certify.draw_noise(NoiseKey(0, "a"), 0, 0, (3, 4, 4), "cpu"))
+    many = torch.cat(draws)
+    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
+
+
+def test_more_samples_are_drawn_anew_and_selection_is_apart_from_estimation():
+    purposes = []
+    classifier = linear_classifier()[0]
+    original = certify.draw_noise
+    try:
+        certify.draw_noise = lambda key, *rest: purposes.append(key.purpose) or original(key, *rest)
+        for n in (100, 200):
+            certify.certify(classifier, torch.rand(1, 3, 8, 8), [0], [0], 2, 0.5, 10, n, 0.001, KEY)
+    finally:
+        certify.draw_noise = original
+    assert purposes == ["test/select", "test/estimate100", "test/select"] + ["test/estimate200"] * 2
+
+
+def test_predict_abstains_exactly_where_the_binomial_test_says():
+    for share, n in ((0.5, 100), (0.6, 100), (0.72, 100), (1.0, 10), (1.0, 12)):
+        agree = round(share * n)
+        votes = torch.zeros(n, 2)
+        votes[torch.arange(n), (torch.arange(n) >= agree).long()] = 1
+        found = certify.predict(lambda x: votes[:len(x)], torch.zeros([1] * 4), [0], 2, 0.1, n, 0.001, KEY, n)
+        sure = binomtest(max(agree, n - agree), n, 0.5).pvalue <= 0.001
+        assert found == [0 if sure else ABSTAIN]
+
+
+# ---- certify.py: incremental certificates ----
+
+def bands(edge):
+    """Three classes by one pixel, so that moving the edge changes a known share of the predictions."""
+    def classifier(x):
+        v = x[:, 0, 0, 0]
+        return torch.stack([(v > edge) * 1.0, (v <= edge) * 1.0, (v < edge - 5) * 2.0], 1)
+    return classifier
+
+
+def cached(edge=0.0, n=1000):
+    images = torch.tensor([0.1, 0.3, 0.9, -0.4]).view(4, 1, 1, 1)
+    labels = [0, 0, 0, 0]  # the last image is on the wrong side
+    cache = certify.certify_and_cache(bands(edge), images, labels, range(4), 3, 0.25, 100, n, 0.001, KEY, 64)
+    return images, cache
+
+
+def test_identical_networks_have_the_disparity_bound_of_zero():
+    images, cache = cached()
+    rows = certify.certify_incremental(bands(0.0), cache, images, 200, 0.001, 0.99, 64)
+    zero = certify.upper_confidence_bound(0, 200, 0.001)
+    assert [row.zeta for row in rows] == [zero, zero, None, None]
+    for i in (0, 1):
+        expected = certify.certified_radius(max(0.5, float(cache.p_lower[i]) - zero), 0.25)
+        assert rows[i].radius == pytest.approx(expected)
+
+
+def test_incremental_certificates_follow_the_algorithm():
+    """Against counts made here: replayed samples below gamma, fresh ones at alpha + alpha_zeta above."""
+    images, cache = cached()
+    changed = bands(0.05)
+    rows = certify.certify_incremental(changed, cache, images, 300, 0.002, 0.99, 64)
+    noise = torch.cat([certify.draw_noise(cache.key, 1, chunk, (1, 1, 1), "cpu") for chunk in range(3)])
+    new = changed(images[1] + 0.25 * noise).argmax(1)
+    zeta = certify.upper_confidence_bound(int((new != cache.predictions[1, :300]).sum()), 300, 0.002)
+    assert rows[1].zeta == pytest.approx(zeta) and 0.02 < zeta < 0.2
+    assert rows[1].radius == pytest.approx(certify.certified_radius(float(cache.p_lower[1]) - zeta, 0.25))
+    assert rows[2].radius == pytest.approx(
+        certify.certified_radius(certify.lower_confidence_bound(300, 300, 0.003), 0.25))
+    assert rows[3].predict == ABSTAIN and rows[3].radius == 0
+
+
+def test_images_of_the_wrong_class_cost_no_samples():
+    images, cache = cached()
+    seen = []
+    certify.certify_incremental(lambda x: seen.append(len(x)) or bands(0.0)(x), cache, images,
+                                100, 0.001, 0.99, 64)
+    assert sum(seen) == 300 and cache.certificates[3].n == 0
+    assert cache.predictions.dtype == torch.uint8
+    with pytest.raises(ValueError, match="1000 cached"):
+        certify.certify_incremental(bands(0.0), cache, images, 1001, 0.001, 0.99)
+
+
+def test_cache_and_plain_certificate_agree():
+    images, cache = cached()
+    plain = certify.certify(bands(0.0), images, [0] * 4, range(4), 3, 0.25, 100, 1000, 0.001, KEY, 64)
+    for old, row in list(zip(cache.certificates, plain))[:3]:
+        assert (old.selected, old.n_a, old.n_b, old.radius) == (row.selected, row.n_a, row.n_b, row.radius)
+
+
+# ---- certify.py: aggregates and files ----
+
+def test_certificates_survive_a_round_trip_and_a_cut(tmp_path):
+    images, cache = cached()
+    path = tmp_path / "certificates.tsv"
+    with path.open("a") as file:
+        certify.write_certificates(file, cache.certificates[:2])
+        certify.write_certificates(file, cache.certificates[2:])
+    assert path.read_text().split("\n")[0].startswith("idx\tlabel\tpredict\tradius\tcorrect\ttime\t")
+    assert certify.read_certificates(path) == cache.certificates  # full precision
+    path.write_text(path.read_text()[:-3])
+    assert certify.read_certificates(path) == cache.certificates[:-1]
+    path.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n3\t1\t1\t0.5\t1\t1s\n4\t1\t1\tx\t1\t1s\n")
+    with pytest.raises(ValueError, match="line 3"):
+        certify.read_certificates(path)
+
+
+def test_aggregates_worked_by_hand():
+    row = lambda radius, correct: certify.Certificate(0, 0, 0, radius, correct, "")  # noqa: E731
+    rows = [row(0.5, 1), row(0.25, 1), row(0.9, 0), row(0.0, 0)]
+    assert certify.average_certified_radius(rows) == pytest.approx(0.1875)
+    assert [certify.certified_accuracy(rows, r) for r in (0, 0.25, 0.3, 0.6)] == [0.5, 0.5, 0.25, 0]
+
+
+# ---- models.py ----
+
+def quantized(arch="resnet20", size=32, bits=4, classes=10, seed=0):
+    """A network with uneven BatchNorm statistics, calibrated and set to one width; and its layer table."""
+    torch.manual_seed(seed)
+    classifier = models.build_classifier(arch, classes)
+    for module in classifier.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1, 0.3)
+            nn.init.normal_(module.bias, 0, 0.2)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    table = models.quantize_model(classifier, size)
+    models.calibrate(classifier, [torch.rand(16, 3, size, size)])
+    models.set_policy(classifier, models.uniform_policy(table, bits))
+    return classifier.eval(), table
+
+
+def test_costs_worked_by_hand():
+    table = models.quantize_model(models.build_classifier("resnet20", 10), 32)
+    assert len(table) == 22 and sum(layer.macs for layer in table) == 40_813_184
+    ends = 3 * 16 * 9 * 1024 + 640
+    by_hand = (ends * 64 + (40_813_184 - ends) * 16) / (40_813_184 * 1024)
+    ratio = models.bitops_ratio(table, models.uniform_policy(table, 4))
+    assert ratio == pytest.approx(by_hand) == pytest.approx(0.0161, abs=5e-5)
+    assert models.bitops_ratio(table, models.uniform_policy(table, 2)) == pytest.approx(0.00454, abs=5e-6)
+    assert models.bitops_ratio(table, models.uniform_policy(table, 32, 32)) == 1
+    weights = sum(layer.weights for layer in table)
+    assert weights == 270_896 and models.size_bytes(table, models.uniform_policy(table, 8)) == weights
+
+
+def test_strided_layers_count_floored_positions():
+    table = models.quantize_model(models.build_classifier("resnet20", 10), 33)  # 33 -> 17 -> 9
+    layers = {layer.name: layer for layer in table}
+    assert layers["layer2.0.conv1"].macs == 16 * 32 * 9 * 17 * 17
+    assert layers["layer3.0.downsample.0"].macs == 32 * 64 * 9 * 9
+    assert [layer.name for layer in table[:2]] == ["conv1", "layer1.0.conv1"] and table[-1].name == "fc"
+
+
+@pytest.mark.parametrize("arch, size", [("resnet20", 32), ("resnet18", 64), ("mobilenet_v2", 64)])
+def test_32_bits_are_exactly_the_float_network(arch, size):
+    torch.manual_seed(0)
+    classifier = models.build_classifier(arch, 10).eval()
+    x = torch.rand(4, 3, size, size)
+    with torch.no_grad():
+        before = classifier(x)
+        table = models.quantize_model(classifier, size)
+        assert torch.equal(classifier(x), before)
+        models.set_policy(classifier, models.uniform_policy(table, 3))
+        assert not torch.equal(classifier(x), before)
+        models.set_policy(classifier, models.uniform_policy(table, 32, 32))
+        assert torch.equal(classifier(x), before)
+
+
+@pytest.mark.parametrize("arch", ["resnet20", "mobilenet_v2"])
+@pytest.mark.parametrize("bits", [2, 5, 8])
+def test_evaluation_is_integer_convolution_and_one_epilogue(arch, bits):
+    """Every layer against int64 arithmetic on its own input, then the network against the simulation."""
+    classifier, _ = quantized(arch, bits=bits)
+    checked = []
+
+    def check(layer, inputs, output):
+        a = models.quantize(inputs[0], layer.a_step, *models.integer_range(layer.a_bits, bool(layer.signed)))
+        w = models.quantize(layer.weight, layer.w_step.view(-1, *[1] * (layer.weight.ndim - 1)),
+                            *models.integer_range(layer.w_bits, True, True))
+        assert torch.equal(a, a.round()) and w.abs().max() <= 2 ** (layer.w_bits - 1) - 1
+        acc = (F.linear if layer.conv is None else F.conv2d)(a.long().double(), w.long().double(),
+                                                             **(layer.conv or {}))
+        scale, shift = (v.view(-1, *[1] * (acc.ndim - 2)) for v in layer._epilogue())
+        assert torch.equal(acc.float() * scale + shift, output)
+        checked.append(layer)
+
+    hooks = [layer.register_forward_hook(check) for layer in models.quant_layers(classifier).values()]
+    x = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        integer = classifier(x)
+    for hook in hooks:
+        hook.remove()
+    assert len(checked) == len(models.quant_layers(classifier))
+    simulated = classifier(x).detach()  # with gradients enabled the network simulates
+    assert (integer - simulated).abs().max() < 0.05 * simulated.abs().max()
+
+
+def test_inputs_are_signed_exactly_where_they_can_be_negative():
+    layers = models.quant_layers(quantized("resnet20")[0])
+    assert [name for name, layer in layers.items() if layer.signed] == ["conv1"]
+    layers = models.quant_layers(quantized("mobilenet_v2")[0])
+    assert layers["features.3.conv.0.0"].signed and not layers["features.3.conv.1.0"].signed  # linear input
+
+
+def test_learned_step_gradients():
+    """Straight through inside the clip range, zero outside; the step's gradient as in LSQ, equation 3."""
+    v = torch.tensor([-3.0, -0.26, 0.1, 0.6, 5.0], requires_grad=True)
+    step = torch.tensor(0.5, requires_grad=True)
+    out = models.FakeQuantize.apply(v, step, -4, 3, 5)
+    assert out.tolist() == [-2.0, -0.5, 0.0, 0.5, 1.5]
+    out.sum().backward()
+    assert v.grad.tolist() == [0, 1, 1, 1, 0]
+    expected = -4 + (-1 + 0.52) + (0 - 0.2) + (1 - 1.2) + 3
+    assert float(step.grad) == pytest.approx(expected / math.sqrt(5 * 3), rel=1e-5)
+
+
+def test_best_step_beats_its_neighbours_and_widths_change_at_any_time():
+    classifier, table = quantized(bits=4)
+    layer = models.quant_layers(classifier)["layer2.1.conv1"]
+    errors = []
+    for bits in range(2, 9):
+        layer.set_bits(bits, bits)
+        w_step = layer.w_step[:, None, None, None]
+        q = models.quantize(layer.weight, w_step, *models.integer_range(bits, True, True)) * w_step
+        errors.append(float((q - layer.weight).detach().square().mean()))
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-2 * errors[0]
+    with pytest.raises(ValueError, match="layers"):
+        models.set_policy(classifier, {"conv1": [8, 8]})
+    policy = models.uniform_policy(table, 4)
+    policy["conv1"] = [9, 8]
+    with pytest.raises(ValueError, match="conv1"):
+        models.set_policy(classifier, policy)
+
+
+def test_a_saved_network_comes_back(tmp_path):
+    classifier, table = quantized(bits=3)
+    policy = models.uniform_policy(table, 3)
+    models.save_model(tmp_path / "model.pt", classifier, "resnet20", 10, 32, policy, 0.25)
+    again, table_again, saved = models.load_model(tmp_path / "model.pt")
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(classifier(x), again(x))
+    assert table_again == table and saved["policy"] == policy
+    (tmp_path / "other.pt").write_bytes(b"not a network")
+    with pytest.raises(ValueError, match="other.pt"):
+        models.load_model(tmp_path / "other.pt")
+
+
+def test_public_checkpoint_layouts(tmp_path):
+    torch.manual_seed(0)
+    net = models.CifarResNet(20, 10).eval()
+    state, x = net.state_dict(), torch.rand(2, 3, 32, 32)
+
+    def logits(saved, **options):
+        torch.save(saved, tmp_path / "c.pt")
+        with torch.no_grad():
+            return models.load_base_checkpoint(tmp_path / "c.pt", "resnet20", 10, **options).eval()(x)
+
+    with torch.no_grad():
+        expected = models.Classifier(net).eval()(x)
+    for prefix in ("", "1.", "module.", "module.1.", "1.module."):
+        assert torch.equal(logits({"arch": "cifar_resnet20", "epoch": 90,
+                                   "state_dict": {prefix + k: v for k, v in state.items()}}), expected)
+    assert torch.equal(logits(state), expected)
+
+    option_a = models.CifarResNet(20, 10, option_a=True).eval()  # layout of module.-prefixed CIFAR ResNets
+    renamed = {"module." + k.replace("fc.", "linear."): v for k, v in option_a.state_dict().items()}
+    with torch.no_grad():
+        expected = models.Classifier(option_a, models.IMAGENET_MEAN, models.IMAGENET_STD).eval()(x)
+    assert torch.equal(logits({"state_dict": renamed, "best_prec1": 91.7}), expected)
+    assert not torch.equal(logits({"state_dict": renamed}, mean=(0.5,) * 3, std=(0.5,) * 3), expected)
+    with pytest.raises(ValueError, match="resnet32"):
+        models.load_base_checkpoint(tmp_path / "c.pt", "resnet32", 10)
+
+
+# ---- ddpg.py ----
+
+def agent_against_random(seed: int, episodes: int = 60) -> bool:
+    """Whether the agent's best policy beats random search's with as many evaluations.
+
+    The best policy is known: wide weights and narrow inputs (odd seeds) or the reverse, so that one constant
+    action for all steps, all that luck and shrinking noise can find, is far from it.
+    """
+    table = models.quantize_model(models.build_classifier("resnet8", 10), 32)
+    environment = arq.BitWidthEnvironment(table, budget=1.0)
+    target = (7, 3) if seed % 2 else (3, 7)
+
+    def reward(policy):
+        free = [policy[layer.name] for layer in table[1:-1]]
+        return -sum((bits - best) ** 2 for pair in free for bits, best in zip(pair, target)) / (2 * len(free))
+
+    generator = torch.Generator().manual_seed(1000 + seed)
+    random_best = max(reward(environment.rollout(lambda state: float(torch.rand((), generator=generator)))[2])
+                      for _ in range(episodes))
+    agent = DDPG(environment.state_size, seed, DDPGConfig(
+        hidden=32, actor_lr=1e-3, critic_lr=1e-2, tau=0.05, warmup_episodes=40, noise_final=0.05,
+        episodes=episodes))
+    best = -math.inf
+    for _ in range(episodes):
+        states, actions, policy = environment.rollout(agent.act)
+        best = max(best, reward(policy))
+        agent.learn(states, actions, reward(policy))
+    return best > random_best
+
+
+def test_the_agent_beats_random_search():
+    assert sum(agent_against_random(seed) for seed in range(20)) >= 15
+
+
+def test_losses_and_soft_update_worked_by_hand():
+    """Linear networks with known weights; the value after an episode's last step is 0."""
+    one = torch.ones
+    q, mu = nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False)
+    nn.init.constant_(q.weight, 2.0)
+    nn.init.constant_(mu.weight, 0.5)
+    batch = (one(2, 1), one(2, 1), torch.tensor([[3.0], [3.0]]), one(2, 1), torch.tensor([[0.0], [1.0]]))
+    # Q = 4; targets: (3 - 1) / 2 + 0.5 * Q'(1, 0.5) = 1 + 0.5 * 3 = 2.5, and 1 at the end.
+    assert float(critic_loss(q, q, mu, batch, 1.0, 2.0, 0.5)) == pytest.approx(((4 - 2.5) ** 2 + 3 ** 2) / 2)
+    assert float(actor_loss(mu, q, batch)) == pytest.approx(-3.0)
+    target = copy.deepcopy(q)
+    nn.init.constant_(q.weight, 3.0)
+    soft_update(target, q, 0.1)
+    assert torch.allclose(target.weight, torch.full((1, 2), 2.1))
+
+
+def test_replay_holds_whole_episodes_without_dummy_rows():
+    replay = Replay(2)
+    for reward in (1.0, 2.0, 3.0):
+        replay.add(torch.rand(4, 3), torch.rand(4, 1), reward)
+    state, action, reward, next_state, done = (torch.cat(column) for column in zip(*replay.episodes))
+    assert reward.flatten().tolist() == [2.0] * 4 + [3.0] * 4  # the oldest is gone
+    assert done.flatten().tolist() == [0, 0, 0, 1] * 2
+    assert torch.equal(next_state[:3], state[1:4])
+
+
+def test_an_agent_continues_from_its_state():
+    def episode(agent):
+        taken = torch.tensor([[agent.act(torch.rand(3, generator=torch.Generator().manual_seed(i)))]
+                              for i in range(6)])
+        agent.learn(torch.rand(6, 3, generator=torch.Generator().manual_seed(9)), taken, float(taken.sum()))
+        return taken
+
+    config = DDPGConfig(hidden=16, warmup_episodes=2, episodes=8)
+    agent = DDPG(3, 5, config)
+    for _ in range(4):
+        episode(agent)
+    again = DDPG(3, 6, config)
+    again.load_state_dict(copy.deepcopy(agent.state_dict()))
+    for _ in range(3):
+        assert torch.equal(episode(agent), episode(again))
+
+
+# ---- arq.py: environment and budget ----
+
+def resnet20_table():
+    return models.quantize_model(models.build_classifier("resnet20", 10), 32)
+
+
+def test_actions_map_to_equal_shares_of_widths():
+    bits = [arq.BitWidthEnvironment.bits((i + 0.5) / 7000) for i in range(7000)]
+    assert [bits.count(width) for width in range(2, 9)] == [1000] * 7
+    assert arq.BitWidthEnvironment.bits(0.0) == 2 and arq.BitWidthEnvironment.bits(1.0) == 8
+
+
+def test_every_policy_fits_the_budget_and_spends_it():
+    table = resnet20_table()
+    environment = arq.BitWidthEnvironment(table, 0.015)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        states, actions, policy = environment.rollout(lambda s: float(torch.rand((), generator=generator)))
+        assert states.shape == (40, 10) and actions.shape == (40, 1)
+        assert states.min() >= 0 and states.max() <= 1
+        assert policy[table[0].name] == policy[table[-1].name] == [8, 8]
+        assert models.bitops_ratio(table, policy) <= 0.015
+    assert environment.rollout(lambda state: 1.0)[2] != environment.rollout(lambda state: 0.0)[2]
+    assert models.bitops_ratio(table, environment.rollout(lambda state: 1.0)[2]) > 0.0145
+
+
+def test_the_budget_takes_bits_from_the_last_layer_first():
+    table = resnet20_table()
+    start = models.uniform_policy(table, 4)
+    full = models.bitops_ratio(table, start)
+    policy = arq.enforce_budget(table, start, full - 1e-9)
+    changed = [name for name in start if policy[name] != start[name]]
+    assert changed == [table[-2].name] and policy[table[-2].name] == [3, 4]
+    assert arq.enforce_budget(table, start, full) == start
+    small = arq.enforce_budget(table, start, 1.0, size_budget=0.1)
+    assert models.size_ratio(table, small) <= 0.1 and all(small[n][1] == start[n][1] for n in start)
+    with pytest.raises(arq.InputError, match="0.0045"):
+        arq.enforce_budget(table, start, 0.004)
+
+
+# ---- arq.py: data ----
+
+def test_shapes_are_the_same_everywhere_and_balanced():
+    images = arq.draw_shapes(50, seed=3)
+    assert torch.equal(images.pixels, arq.draw_shapes(50, seed=3).pixels)
+    assert images.pixels.shape == (50, 3, 32, 32) and images.labels == sorted(images.labels)
+    assert [images.labels.count(label) for label in range(10)] == [5] * 10
+
+
+def test_augmentation_only_moves_and_flips():
+    x = torch.arange(1.0, 1 + 2 * 3 * 8 * 8).view(2, 3, 8, 8)
+    moved = [arq.augment(x, torch.Generator().manual_seed(seed)) for seed in range(200)]
+    assert any(torch.equal(m[0], x[0].flip(2)) for m in moved) and any(torch.equal(m[0], x[0]) for m in moved)
+    assert all(set(m[1].flatten().tolist()) <= set(x[1].flatten().tolist()) | {0.0} for m in moved)
+
+
+def image_tree(root: Path, sizes=((40, 50), (33, 32), (64, 48))) -> None:
+    """Class folders with grey and colour PNGs of several sizes."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 12), ("test", 4)):
+        for label, name in enumerate(("dark", "light")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                height, width = sizes[i % len(sizes)]
+                low = 130 * label
+                channels = 1 if i % 4 == 0 else 3
+                pixels = torch.randint(low, low + 120, (channels, height, width), generator=generator)
+                to_pil_image(pixels.to(torch.uint8)).save(root / split / name / f"{i:02d}.png")
+
+
+def test_folders_in_any_size_and_unreadable_images(tmp_path, capsys):
+    image_tree(tmp_path)
+    config = arq.parse_config(["--dataset", "folder", "--data", str(tmp_path), "--image-size", "24",
+                               "--images", "8", "--search-images", "4", "--batch-size", "8"])
+    train, test = arq.load_images(config)
+    assert train.pixels.shape == (24, 3, 24, 24) and test.classes == ["dark", "light"]
+    assert train.batch([23]).mean() > 0.5 > train.batch([0]).mean()
+    lazy = arq.ImageSet(train.labels, train.classes, paths=sorted(tmp_path.glob("train/*/*.png")), size=24)
+    assert torch.equal(lazy.batch([0, 5, 20]), train.batch([0, 5, 20]))
+    (tmp_path / "train" / "dark" / "05.png").write_bytes(b"\x89PNG broken")
+    assert fails(["--dataset", "folder", "--data", str(tmp_path), "--image-size", "24"], capsys, "05.png")
+
+
+# ---- arq.py: the command ----
+
+def fails(arguments, capsys, *words) -> bool:
+    """Exit code 2 and one line that holds all the words."""
+    code = arq.main(arguments)
+    error = capsys.readouterr().err
+    assert code == 2 and error.count("\n") == 1 and error.startswith("arq.py: error: "), error
+    assert all(word in error for word in words), error
+    return True
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--sigma", "0"], ["--sigma", "positive"]),
+    (["--sigma", "nan"], ["--sigma"]),
+    (["--budget", "0.004"], ["--budget", "0.00"]),
+    (["--n", "9"], ["--n 9", "at least 10"]),
+    (["--dataset", "cifar11"], ["cifar11", "cifar10"]),
+    (["--arch", "resnet21"], ["resnet21", "resnet20"]),
+    (["--device", "tpu"], ["tpu", "cpu"]),
+    (["--dataset", "folder", "--data", "/nowhere"], ["/nowhere", "train/<class>"]),
+    (["--dataset", "imagenet", "--data", "/nowhere"], ["/nowhere", "val/"]),
+    (["--checkpoint", "/nowhere.pt"], ["/nowhere.pt", "no such file"]),
+    (["--checkpoint", __file__], ["test_arq.py", "checkpoint"]),
+    (["--episodes", "many"], ["--episodes", "many"]),
+    (["--sigmas", "1"], ["--sigmas"]),
+    (["--n-p", "600"], ["--n-p 600", "--search-n 500"]),
+    (["--images", "2000"], ["--images 2000", "1000"]),
+    (["--mean", "1,2"], ["--mean"]),
+    (["--finetune-epochs", "nan"], ["--finetune-epochs"]),
+])
+def test_wrong_input_ends_with_one_line(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert fails(arguments, capsys, *words)
+    assert not (tmp_path / "runs").exists()
+
+
+SMALL = ("--epochs 1 --episodes 4 --episode-steps 1 --finetune-epochs 0.2 --images 6 --n 200 "
+         "--search-images 12 --search-n 100 --n-p 50 --n0 20 --device cpu").split()
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The whole method, once, in the smallest settings."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert arq.main([*SMALL, "--out", "run"]) == 0
+    return folder
+
+
+def test_a_run_leaves_what_others_script_against(finished_run):
+    out = finished_run / "run"
+    results = json.loads((out / "results.json").read_text())
+    for column in (results, results["base"]):
+        for name in ("acr", "accuracy", "certified_accuracy", "abstained", "bitops_ratio", "size_bytes"):
+            assert name in column
+    assert results["bitops_ratio"] <= 0.015 and results["base"]["bitops_ratio"] == 1
+    assert all({"seconds", "forward_passes"} <= stage.keys() for stage in results["stages"].values())
+    rows = certify.read_certificates(out / "certificates.tsv")
+    assert [row.idx for row in rows] == [i * 1000 // 6 for i in range(6)]
+    assert results["acr"] == certify.average_certified_radius(rows)
+    assert results["accuracy"] == certify.certified_accuracy(rows, 0)
+    episodes = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
+    policy = json.loads((out / "policy.json").read_text())
+    assert len(episodes) == 4 and policy == max(episodes, key=lambda e: e["acr"])["policy"]
+    classifier, table, saved = models.load_model(out / "model.pt")
+    assert saved["policy"] == policy and results["bitops_ratio"] == models.bitops_ratio(table, policy)
+
+
+def test_the_saved_network_gives_the_same_certificates(finished_run, monkeypatch):
+    monkeypatch.chdir(finished_run)
+    assert arq.main("--evaluate run/model.pt --images 6 --n 200 --n0 20 --out again".split()) == 0
+    first, second = (certify.read_certificates(f"{name}/certificates.tsv") for name in ("run", "again"))
+    assert [(row.n_a, row.radius) for row in first] == [(row.n_a, row.radius) for row in second]
+
+
+def test_an_interrupted_run_continues(finished_run, monkeypatch, capsys):
+    """Ctrl-C in the third episode and in the final certificate: the same search, the same certificates."""
+    monkeypatch.chdir(finished_run)
+    calls = {"episode": 0, "certificate": 0}
+    evaluate, write = arq.PolicyEvaluator.__call__, certify.write_certificates
+
+    def evaluate_twice(self, policy):
+        calls["episode"] += 1
+        if calls["episode"] == 3:
+            raise KeyboardInterrupt
+        return evaluate(self, policy)
+
+    def write_some(file, rows):
+        write(file, rows)
+        if "/certificates.tsv" in file.name and rows:
+            calls["certificate"] += 1
+            if calls["certificate"] == 3:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(arq.PolicyEvaluator, "__call__", evaluate_twice)
+    monkeypatch.setattr(certify, "write_certificates", write_some)
+    command = [*SMALL, "--out", "broken"]
+    assert [arq.main(command) for _ in range(3)] == [130, 130, 0]
+    assert "interrupted" in capsys.readouterr().err
+
+    def lines(name):
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"}
+                for line in Path(name, "search.jsonl").read_text().splitlines()]
+
+    assert lines("broken") == lines("run") and calls["episode"] == 5
+    for name in ("base_certificates.tsv", "certificates.tsv"):
+        first, second = (certify.read_certificates(f"{run}/{name}") for run in ("run", "broken"))
+        assert [(r.idx, r.n_a, r.radius) for r in first] == [(r.idx, r.n_a, r.radius) for r in second]
+
+
+def test_a_run_folder_refuses_other_options(finished_run, monkeypatch, capsys):
+    monkeypatch.chdir(finished_run)
+    assert fails([*SMALL, "--out", "run", "--seed", "1"], capsys, "--seed 0 there, 1 here")
+    assert fails([*SMALL, "--out", "runs"], capsys, "--out runs", "another --out")
+    assert arq.main([*SMALL, "--out", "run"]) == 0  # finished: prints the table again
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_training_continues_bit_for_bit(tmp_path):
+    config = arq.parse_config(["--batch-size", "16", "--device", "cpu"])
+    images = arq.draw_shapes(64, seed=0)
+
+    def trained(interrupt):
+        torch.manual_seed(0)
+        classifier = models.build_classifier("resnet8", 10)
+        path = tmp_path / f"{interrupt}.pt"
+        step = torch.optim.SGD.step
+        count = [0]
+
+        def stepping(self, *arguments):
+            count[0] += 1
+            if interrupt and count[0] == 7:
+                raise KeyboardInterrupt
+            return step(self, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.SGD, "step", stepping)
+            for _ in range(2):
+                try:
+                    arq.train(classifier, images, list(range(64)), config, 12, 0.1, 1e-4, "base", path)
+                    break
+                except KeyboardInterrupt:
+                    pass
+        return classifier.state_dict()
+
+    whole, continued = trained(False), trained(True)
+    assert all(torch.equal(whole[name], continued[name]) for name in whole)
+
+
+# ---- the repository ----
+
+def test_the_house_rules_hold():
+    modules = {name: (HERE / f"{name}.py").read_text() for name in ("arq", "models", "certify", "ddpg")}
+    assert sum(len(text.splitlines()) for text in modules.values()) <= 2200
+    for path in [*HERE.glob("*.py"), *HERE.glob("benchmarks/*.py")]:
+        assert all(len(line) <= 110 for line in path.read_text().splitlines()), path
+    for name, text in modules.items():
+        imported = {node.module if isinstance(node, ast.ImportFrom) else alias.name
+                    for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.Import, ast.ImportFrom))
+                    for alias in node.names}
+        ours = {part.split(".")[0] for part in imported} & set(modules)
+        assert ours == (set(modules) - {"arq"} if name == "arq" else set()), name
+        outside = {part.split(".")[0] for part in imported} - set(modules) - set(sys.stdlib_module_names)
+        assert outside <= {"torch", "torchvision", "scipy"}, name
+
+
+def test_readme_names_only_what_exists():
+    """Functions and flags that the README mentions are in the code."""
+    readme = (HERE / "README.md").read_text()
+    flags = {f"--{f.replace('_', '-')}" for f in arq.Config.__dataclass_fields__}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", readme)) <= flags | {"--help"}
+    for module, name in re.findall(r"`(certify|models|ddpg|arq)\.([A-Za-z_]\w*)", readme):
+        if name != "py":
+            assert hasattr(sys.modules[module], name), f"{module}.{name}"
+
+
+def test_help_names_every_option():
+    text = subprocess.run([sys.executable, HERE / "arq.py", "--help"], capture_output=True, text=True).stdout
+    assert all(f"--{name.replace('_', '-')} " in text for name in arq.Config.__dataclass_fields__)
