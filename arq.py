@@ -317,7 +317,8 @@ def load_images(config: Config) -> tuple[ImageSet, ImageSet]:
     root = Path(config.data)
     test_name = "test" if (root / "test").is_dir() else "val"
     if config.dataset == "shapes":
-        train_images, test_images = draw_shapes(8000, seed=0), draw_shapes(1000, seed=1)
+        train_images = draw_shapes(8000, seed=0, size=config.image_size)
+        test_images = draw_shapes(1000, seed=1, size=config.image_size)
     elif (root / "train").is_dir() and (root / test_name).is_dir():
         train_images = load_folder(root / "train", config.image_size)
         test_images = load_folder(root / test_name, config.image_size)
@@ -378,7 +379,7 @@ def stripes(w: Tensor) -> Tensor:
     return (7 * w).sin() > 0
 
 
-def draw_shapes(count: int, seed: int, size: int = 32) -> ImageSet:
+def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
     """Ten classes of shapes, uint8 (count, 3, size, size) sorted by class, each of its own place, size, tilt
     and colour on a mottled ground; many have so little contrast that noise of sigma 0.25 costs accuracy."""
     generator = torch.Generator().manual_seed(seed)
@@ -597,8 +598,7 @@ def base_path(config: Config) -> Path:
 
 
 def build_base(config: Config, num_classes: int) -> tuple[Classifier, bool]:
-    """The float base classifier, and whether it is trained: --checkpoint, an earlier base, or random
-    weights."""
+    """The float base classifier, and whether it is trained: --checkpoint, an earlier base, or a new one."""
     if config.checkpoint is not None:
         return prepare(read_float(config.checkpoint, config, num_classes), config), True
     small = config.image_size <= 64
@@ -809,7 +809,7 @@ def run(config: Config) -> dict:
         print(f"base classifier: {base_path(config)}, trained earlier")
     table = models.quantize_model(classifier, config.image_size)
     search_images = train_images.batch(search_ids, config.device)
-    calibrate(classifier, search_images[:256], config)
+    calibrate(classifier, search_images, config)
 
     base_rows = stages.run("certify the base, test images", certify_images, classifier, test_images, config,
                            out / "base_certificates.tsv", "base certificate")
@@ -845,14 +845,12 @@ def run(config: Config) -> dict:
     results = summarize(rows, table, policy, config, best["acr"])
     float_policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
     results["base"] = summarize(base_rows, table, float_policy, config, base_acr)
-    results["stages"] = stages.records
-    write_json(out / "results.json", results)
-    print_report(results, policy, config, out)
-    return results
+    return finish(results, stages, policy, config, out)
 
 
 def calibrate(classifier: Classifier, images: Tensor, config: Config) -> None:
-    """Activation steps and signs from noisy search images, in batches that spread over the classes."""
+    """Activation steps and signs from up to 256 noisy images, spread over the given ones."""
+    images = images[evenly_spaced(min(256, len(images)), len(images))]
     generator = torch.Generator(config.device).manual_seed(config.seed)
     noise = torch.randn(images.shape, generator=generator, device=config.device)
     models.calibrate(classifier, (images + config.sigma * noise).split(config.eval_batch))
@@ -863,7 +861,10 @@ def evaluate_saved(config: Config) -> dict:
     train_images, test_images = load_images(config)
     num_classes = len(train_images.classes)
     if models.saved_options(config.evaluate):
-        classifier, table, saved = models.load_model(config.evaluate)
+        try:
+            classifier, table, saved = models.load_model(config.evaluate)
+        except ValueError as error:
+            raise InputError(str(error)) from None
         policy = saved["policy"]
         if saved["num_classes"] != num_classes:
             raise InputError(f"--evaluate {config.evaluate} knows {saved['num_classes']} classes, the images "
@@ -878,7 +879,10 @@ def evaluate_saved(config: Config) -> dict:
     stages.watch(classifier)
     rows = stages.run("certify", certify_images, classifier, test_images, config, out / "certificates.tsv",
                       "certificate")
-    results = summarize(rows, table, policy, config, None)
+    return finish(summarize(rows, table, policy, config, None), stages, policy, config, out)
+
+
+def finish(results: dict, stages: Stages, policy: Policy, config: Config, out: Path) -> dict:
     results["stages"] = stages.records
     write_json(out / "results.json", results)
     print_report(results, policy, config, out)
@@ -893,9 +897,8 @@ def summarize(rows, table: list[Layer], policy: Policy, config: Config, search_a
             "abstained": sum(row.predict == certify.ABSTAIN for row in rows) / len(rows),
             "bitops_ratio": models.bitops_ratio(table, policy),
             "size_bytes": models.size_bytes(table, policy), "search_acr": search_acr, "images": len(rows),
-            "sigma": config.sigma, "n0": config.n0,
-            "n": config.n, "alpha": config.alpha, "device": config.device, "torch": torch.__version__,
-            "threads": torch.get_num_threads()}
+            "sigma": config.sigma, "n0": config.n0, "n": config.n, "alpha": config.alpha,
+            "device": config.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
 def down(value: Optional[float]) -> str:

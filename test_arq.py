@@ -508,8 +508,8 @@ def test_the_budget_takes_bits_from_the_last_layer_first():
 # ---- arq.py: data ----
 
 def test_shapes_are_the_same_everywhere_and_balanced():
-    images = arq.draw_shapes(50, seed=3)
-    assert torch.equal(images.pixels, arq.draw_shapes(50, seed=3).pixels)
+    images = arq.draw_shapes(50, seed=3, size=32)
+    assert torch.equal(images.pixels, arq.draw_shapes(50, seed=3, size=32).pixels)
     assert images.pixels.shape == (50, 3, 32, 32) and images.labels == sorted(images.labels)
     assert [images.labels.count(label) for label in range(10)] == [5] * 10
 
@@ -669,7 +669,7 @@ def test_a_run_folder_refuses_other_options(finished_run, monkeypatch, capsys):
 
 def test_training_continues_bit_for_bit(tmp_path):
     config = arq.parse_config(["--batch-size", "16", "--device", "cpu"])
-    images = arq.draw_shapes(64, seed=0)
+    images = arq.draw_shapes(64, seed=0, size=32)
 
     def trained(interrupt):
         torch.manual_seed(0)

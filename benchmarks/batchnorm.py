@@ -77,7 +77,8 @@ def main():
             if batches is not None:
                 reestimate(classifier, batches)
             if way.startswith("12"):
-                arq.train(classifier, images, others, config, 12, arq.EPISODE_LR, arq.FINETUNE_DECAY, "episode")
+                arq.train(classifier, images, others, config, 12, arq.EPISODE_LR, arq.FINETUNE_DECAY,
+                          "episode")
             found = classes()
             right, other = (found == labels).float().mean(), (found != float_classes).float().mean()
             rows.append({"bits": bits, "batchnorm": way, "accuracy": float(right),

@@ -2,11 +2,10 @@
 
     python benchmarks/search.py --run runs/RUN --data data [--seeds 3] [--episodes 40]
 
-Takes a finished run of arq.py for its base, search images and cache, and runs three searches per seed with that
-run's evaluator: the agent; uniformly random actions; and a control that learns nothing, a normal around 1/2 whose
-spread shrinks as the agent's does. The policies' ACR is the search reward's. Each search is resumable (one line an
-episode under results/search/), so the command can be stopped and given again. Prints a table and writes
-results/search/summary.json.
+Takes a finished run of arq.py for its base, search images and cache, and runs three searches per seed with
+that run's evaluator: the agent; uniformly random actions; and a control that learns nothing, a normal around
+1/2 whose spread shrinks as the agent's does. A search that was stopped continues when the command is given
+again (one line an episode under results/search/). Prints a table and writes results/search/summary.json.
 """
 
 import argparse
@@ -63,9 +62,10 @@ def evaluator(run: Path, data: str):
     assert trained, "the run's base classifier is gone"
     table = models.quantize_model(classifier, config.image_size)
     search_images = images.batch(search_ids, config.device)
-    arq.calibrate(classifier, search_images[:256], config)
-    cache = arq.certify_and_keep(classifier, search_images, [images.labels[i] for i in search_ids], search_ids,
-                                 len(images.classes), config, run / "search_cache.pt")
+    arq.calibrate(classifier, search_images, config)
+    labels = [images.labels[i] for i in search_ids]
+    cache = arq.certify_and_keep(classifier, search_images, labels, search_ids, len(images.classes), config,
+                                 run / "search_cache.pt")
     evaluate = arq.PolicyEvaluator(classifier, cache, search_images, images, train_ids, config)
     environment = arq.BitWidthEnvironment(table, config.budget, config.size_budget)
     return environment, evaluate, certify.average_certified_radius(cache.certificates)
@@ -91,7 +91,8 @@ def main():
             acrs = [json.loads(line)["acr"] for line in (out / "search.jsonl").read_text().splitlines()]
             found.setdefault(method, []).append({"best": max(acrs), "last ten": statistics.mean(acrs[-10:]),
                                                  "all": statistics.mean(acrs)})
-    print(f"\nbase ACR {base_acr:.4f}, {options.episodes} episodes, {options.seeds} seeds: mean (lowest to highest)")
+    print(f"\nbase ACR {base_acr:.4f}, {options.episodes} episodes, {options.seeds} seeds: "
+          f"mean (lowest to highest)")
     for method, rows in found.items():
         texts = []
         for key in ("best", "last ten", "all"):

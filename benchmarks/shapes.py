@@ -2,9 +2,9 @@
 
     python benchmarks/shapes.py
 
-Trains the default base with and without noise, then quantizes the noise-trained one to 8, 4, 3 and 2 bits (ends 8)
-and fine-tunes each as long as the default search does. Test accuracy without smoothing; noise of sigma in the
-column "under noise". Prints a table and writes results/shapes.json. Some minutes on two cores.
+Trains the default base with and without noise, then quantizes the noise-trained one to 8, 4, 3 and 2 bits
+(ends 8) and fine-tunes each as long as a search episode does. Accuracy on the test images without smoothing.
+Prints a table and writes results/shapes.json. Some minutes on two cores.
 """
 
 import copy
