@@ -9,7 +9,7 @@
     Algorithm 1        search                        base certificate, episodes of the agent, the best policy
     s_l                BitWidthEnvironment.features  features of layers and kinds (weights, input), in [0, 1]
     a -> b             BitWidthEnvironment.bits      action in [0, 1] to a width
-    BitOPs constraint  enforce_budget                takes bits from the last layer back until the policy fits
+    BitOPs constraint  models.enforce_budget         takes bits from the last layer back until the policy fits
     reward             search                        (ACR(g^P) - ACR(g)) / ACR(g), on held-out training images
     X                  certify_images                test images, first seen by the final certificate
 """
@@ -60,14 +60,15 @@ def option(default, text: str):
 @dataclass
 class Config:
     """Every option, from which the command line is made; None is filled in per dataset (DEFAULTS)."""
-    dataset: str = option("shapes", "shapes (drawn by the program), cifar10, imagenet or folder (your own)")
+    dataset: Optional[str] = option(None, "shapes (drawn by the program), cifar10, imagenet or folder (your "
+                                    "own); default: shapes, or what the network of --evaluate was made for")
     data: str = option("data", "where the images are, or where CIFAR-10 is downloaded to")
     arch: Optional[str] = option(None, "resnet8/20/32/44/56/110 (CIFAR), resnet18, resnet50 or mobilenet_v2")
     checkpoint: Optional[str] = option(None, "float base classifier, trained with noise; else one is trained")
-    mean: Optional[str] = option(None, "normalisation of the network, three numbers with commas")
+    mean: Optional[str] = option(None, "normalisation of the network, three numbers such as 0.5,0.5,0.5")
     std: Optional[str] = option(None, "likewise")
-    sigma: Optional[float] = option(None, "standard deviation of the noise, in [0, 1] pixels (default: 0.25, "
-                                    "or what the network of --evaluate was made for)")
+    sigma: Optional[float] = option(None, "standard deviation of the noise, in [0, 1] pixels; default: 0.25, "
+                                    "or what the network of --evaluate was made for")
     budget: float = option(0.015, "BitOPs allowed, as a fraction of the float network's")
     size_budget: Optional[float] = option(None, "weight bits allowed, as a fraction of the float network's")
     epochs: Optional[int] = option(None, "training epochs of the base classifier")
@@ -105,9 +106,10 @@ DEFAULTS = {
     "imagenet": {**PAPER_SIZED, "arch": "resnet50", "image_size": 224, "finetune_epochs": 10.0,
                  "gamma": 0.995},
 }
-PLACE_OPTIONS = ("out", "data", "device", "eval_batch")  # where and how fast, not what: a run may change them
-BASE_OPTIONS = ("dataset", "data", "arch", "mean", "std", "sigma", "epochs", "seed", "image_size",
-                "batch_size", "search_images")
+PLACE_OPTIONS = ("out", "data", "eval_batch")  # where and how fast, not what: a run may change them
+BASE_OPTIONS = ("dataset", "arch", "mean", "std", "sigma", "epochs", "seed", "image_size", "batch_size",
+                "search_images")
+UPPER = dict(sigma=math.inf, budget=1, size_budget=1, alpha=1, alpha_zeta=1, gamma=1)
 LOWEST = dict(epochs=1, episodes=1, episode_steps=0, finetune_epochs=0, search_images=1, search_n=1, n_p=1,
               images=1, n0=1, n=1, image_size=8, batch_size=2, eval_batch=1, seed=0)
 
@@ -136,12 +138,16 @@ def flag(name: str) -> str:
 
 def complete_config(config: Config) -> Config:
     """Fill in the dataset's defaults and refuse what cannot work, before any data is touched."""
-    refuse_unknown("dataset", config.dataset, DEFAULTS)
     for name in ("checkpoint", "evaluate"):
         path = getattr(config, name)
         if path is not None and not Path(path).is_file():
             raise InputError(f"{flag(name)} {path}: no such file")
     saved = models.saved_options(config.evaluate) if config.evaluate else {}
+    for name in ("arch", "image_size"):
+        if name in saved and getattr(config, name) not in (None, saved[name]):
+            raise InputError(f"--evaluate {config.evaluate} has {flag(name)} {saved[name]}; omit it")
+    config.dataset = config.dataset or saved.get("dataset", "shapes")
+    refuse_unknown("dataset", config.dataset, DEFAULTS)
     for name, value in {**DEFAULTS[config.dataset], "sigma": 0.25, **saved}.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
@@ -151,22 +157,22 @@ def complete_config(config: Config) -> Config:
         samples = 100 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32 ** 2 // max(config.image_size, 32) ** 2)
 
-    for name in ("sigma", "budget", "size_budget"):
+    for name, upper in UPPER.items():
         value = getattr(config, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise InputError(f"{flag(name)} must be a positive number, not {value}")
-    for name in ("alpha", "alpha_zeta", "gamma"):
-        if not 0 < getattr(config, name) < 1:
-            raise InputError(f"{flag(name)} must lie strictly between 0 and 1, not {getattr(config, name)}")
+        if value is not None and not 0 < value < upper:
+            raise InputError(f"{flag(name)} must be above 0 and below {upper}, not {value}")
     for name, lowest in LOWEST.items():
-        if not lowest <= getattr(config, name) < math.inf:
-            raise InputError(f"{flag(name)} must be at least {lowest}, not {getattr(config, name)}")
-    for name in ("n", "search_n"):
-        n = getattr(config, name)
-        if not certify.can_certify(n, config.alpha):
-            needed = math.floor(math.log(config.alpha) / math.log(0.5)) + 1
-            raise InputError(f"{flag(name)} {n} can never certify at --alpha {config.alpha}: if all agree, "
-                             f"the bound stays at or below 1/2; give at least {needed}")
+        value = getattr(config, name)
+        if not lowest <= value < 2 ** 31:
+            raise InputError(f"{flag(name)} must be at least {lowest} and below 2^31, not {value}")
+    if config.alpha + config.alpha_zeta >= 1:
+        raise InputError("--alpha and --alpha-zeta together must stay below 1")
+    for name in ("n", "search_n", "n_p"):
+        n, alpha = getattr(config, name), config.alpha + (config.alpha_zeta if name == "n_p" else 0)
+        if not certify.can_certify(n, alpha):
+            needed = math.floor(math.log(alpha) / math.log(0.5)) + 1
+            raise InputError(f"{flag(name)} {n} can never certify at alpha = {alpha:g}: if all agree, the "
+                             f"bound stays at or below 1/2; give at least {needed}")
     if config.n_p > config.search_n:
         raise InputError(f"--n-p {config.n_p} exceeds --search-n {config.search_n}, the samples it replays")
     for name in ("mean", "std"):
@@ -177,9 +183,11 @@ def complete_config(config: Config) -> Config:
         except ValueError:
             raise InputError(f"{flag(name)} takes three numbers, such as 0.5,0.5,0.5, not {text!r}") from None
     if config.out is None:
-        source = Path(config.evaluate).stem if config.evaluate else f"budget{config.budget:g}"
-        config.out = str(Path("runs") / f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-{source}-"
-                                        f"seed{config.seed}")
+        source = f"budget{config.budget:g}"
+        if config.evaluate:
+            source = f"evaluate-{Path(config.evaluate).resolve().parent.name}-{Path(config.evaluate).stem}"
+        name = f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-{source}-seed{config.seed}"
+        config.out = str(Path("runs") / name)
     return config
 
 
@@ -268,6 +276,13 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def fingerprint(self) -> str:
+        """A short name for what the set holds, from its classes, labels and a few images."""
+        some = self.batch(evenly_spaced(min(16, len(self)), len(self)))
+        digest = hashlib.sha256(json.dumps([self.classes, self.labels, self.size]).encode())
+        digest.update(some.mul(255).byte().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     def batch(self, indices, device="cpu") -> Tensor:
         """Float images (len(indices), 3, S, S) in [0, 1]."""
         if self.pixels is not None:
@@ -283,7 +298,7 @@ def read_image(path: Path, size: int) -> Tensor:
     InputError."""
     try:
         image = TF.pil_to_tensor(torchvision.datasets.folder.default_loader(str(path)))
-    except (OSError, SyntaxError, ValueError) as error:  # what the decoders raise for broken files
+    except Exception as error:  # decoders raise many kinds for broken files
         reason = str(error)[:60]
         raise InputError(f"{path}: cannot be read as an image ({reason}); repair or remove it") from None
     if image.shape[1:] != (size, size):
@@ -295,7 +310,7 @@ def load_folder(root: Path, size: int) -> ImageSet:
     """An image tree `root/<class>/*`: classes by sorted folder name, files by sorted name."""
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     found = [(label, path) for label, name in enumerate(classes) for path in sorted((root / name).iterdir())
-             if path.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS]
+             if path.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS and path.name[0] != "."]
     if not found:
         raise InputError(f"{root}: no images in class folders; expected {root}/<class>/*.jpg or .png")
     labels, paths = [label for label, _ in found], [path for _, path in found]
@@ -311,34 +326,40 @@ def load_folder(root: Path, size: int) -> ImageSet:
     return images
 
 
-def load_images(config: Config) -> tuple[ImageSet, ImageSet]:
-    """The training and the test set. Raises InputError where they are missing or too small for the
-    options."""
+def load_split(config: Config, train: bool) -> ImageSet:
+    """The training or the test set. Raises InputError where it is missing."""
     root = Path(config.data)
-    test_name = "test" if (root / "test").is_dir() else "val"
+    name = "train" if train else "test" if (root / "test").is_dir() else "val"
     if config.dataset == "shapes":
-        train_images = draw_shapes(8000, seed=0, size=config.image_size)
-        test_images = draw_shapes(1000, seed=1, size=config.image_size)
-    elif (root / "train").is_dir() and (root / test_name).is_dir():
-        train_images = load_folder(root / "train", config.image_size)
-        test_images = load_folder(root / test_name, config.image_size)
-        if train_images.classes != test_images.classes:
-            differ = sorted(set(train_images.classes) ^ set(test_images.classes))
-            raise InputError(f"{root}: only one of train/ and {test_name}/ has the class {differ[0]!r}")
-    elif config.dataset == "cifar10":
-        train_images, test_images = load_cifar10(config, True), load_cifar10(config, False)
-    else:
-        raise InputError(f"--data {root}: expected an image tree, {root}/train/<class>/* and "
-                         f"{root}/test/<class>/* (or val/)")
+        return draw_shapes(8000 if train else 1000, seed=0 if train else 1, size=config.image_size)
+    if (root / name).is_dir():
+        return load_folder(root / name, config.image_size)
+    if config.dataset == "cifar10":
+        return load_cifar10(config, train)
+    raise InputError(f"--data {root}: expected an image tree, {root}/train/<class>/* and "
+                     f"{root}/test/<class>/* (or val/)")
+
+
+def load_images(config: Config) -> tuple[ImageSet, ImageSet]:
+    """The training and the test set. Raises InputError where they are too small for the options."""
+    test_images = load_split(config, False)
+    refuse_too_many(config, test_images)
+    train_images = load_split(config, True)
+    if train_images.classes != test_images.classes:
+        differ = sorted(set(train_images.classes) ^ set(test_images.classes))
+        raise InputError(f"--data {config.data}: the class {differ[0]!r} is only in training or only in test")
     left = len(train_images) - config.search_images
-    if config.images > len(test_images):
-        raise InputError(f"--images {config.images}: the test set has only {len(test_images)} images")
     if left < config.batch_size:
         raise InputError(f"--search-images {config.search_images} leaves {max(left, 0)} training images, "
                          f"less than one --batch-size of {config.batch_size}")
-    if len(train_images.classes) < 2:
-        raise InputError(f"--data {root}: at least two classes are needed, there is one folder")
     return train_images, test_images
+
+
+def refuse_too_many(config: Config, test_images: ImageSet) -> None:
+    if config.images > len(test_images):
+        raise InputError(f"--images {config.images}: the test set has only {len(test_images)} images")
+    if len(test_images.classes) < 2:
+        raise InputError(f"--data {config.data}: at least two classes are needed, there is one folder")
 
 
 def load_cifar10(config: Config, train: bool) -> ImageSet:
@@ -354,7 +375,7 @@ def load_cifar10(config: Config, train: bool) -> ImageSet:
     pixels = torch.from_numpy(data.data[order]).permute(0, 3, 1, 2).contiguous()
     if config.image_size != 32:
         pixels = TF.resize(pixels, [config.image_size] * 2, antialias=True)
-    return ImageSet([data.targets[i] for i in order], data.classes, pixels)
+    return ImageSet([data.targets[i] for i in order], data.classes, pixels, size=config.image_size)
 
 
 SHAPES = {  # what is inside each shape, from coordinates u, v that are within [-1, 1] in its bounding box
@@ -410,17 +431,16 @@ def evenly_spaced(count: int, total: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor) -> Tensor:
     """Flip and shift each image (B, C, H, W) at random, by up to an eighth of its side, zero padded."""
     count, _, height, width = images.shape
     pad = max(1, height // 8)
-    top, left = torch.randint(2 * pad + 1, (2, count, 1), generator=generator)
+    top, left = torch.randint(2 * pad + 1, (2, count, 1))
     rows, columns = top + torch.arange(height), left + torch.arange(width)
-    flip = torch.rand(count, 1, generator=generator) < 0.5
-    columns = torch.where(flip, columns.flip(1), columns)
+    columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
     image, rows, columns = (index.to(images.device) for index in (torch.arange(count)[:, None, None],
                                                                   rows[:, :, None], columns[:, None, :]))
-    padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)                                   # B, H, W, C
+    padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)                                  # B, H, W, C
     return padded[image, rows, columns].permute(0, 3, 1, 2)
 
 
@@ -431,87 +451,50 @@ def train(classifier: nn.Module, images: ImageSet, indices: list[int], config: C
     """Gaussian noise augmentation (Cohen et al., section 3.3): cross-entropy of augmented images plus noise.
 
     Nesterov SGD for `steps` batches; the rate rises over the first fifth and falls along a cosine. Weight
-    decay spares quantizer steps, biases and BatchNorm. Equal arguments draw equal batches and noise. With
-    state_path, an interrupted call continues from its last epoch. Raises InputError if the loss is no longer
-    finite.
+    decay spares quantizer steps, biases and BatchNorm. All randomness is seeded anew every epoch, so equal
+    arguments train equal networks, and with state_path an interrupted call continues from its last epoch.
+    Raises InputError, if state_path is given, when the loss is no longer finite.
     """
-    seed = int.from_bytes(hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()[:7], "little")
-    generator = torch.Generator().manual_seed(seed)
-    noise_generator = torch.Generator(config.device).manual_seed(seed + 1)
+    seed = int.from_bytes(hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()[:4], "little")
     groups = [{"params": [p for p in classifier.parameters() if p.ndim > 1], "weight_decay": weight_decay},
               {"params": [p for p in classifier.parameters() if p.ndim <= 1]}]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-    labels, order, first = torch.tensor(images.labels), [], 0
-    epoch = max(1, len(indices) // config.batch_size)
+    labels, indices, first = torch.tensor(images.labels), torch.tensor(indices), 0
+    epoch = len(indices) // config.batch_size
     if state_path is not None and state_path.exists():
         saved = load_state(state_path)
         classifier.load_state_dict(saved["classifier"])
         optimizer.load_state_dict(saved["optimizer"])
-        generator.set_state(saved["generator"])
-        noise_generator.set_state(saved["noise_generator"])
-        order, first = saved["order"], saved["step"]
+        first = saved["step"]
     progress = Progress(purpose if state_path else "", steps, "batches", first)
     classifier.train()
     for step in range(first, steps):
+        if step % epoch == 0:
+            torch.manual_seed(seed + step // epoch)
+            batches = indices[torch.randperm(len(indices))].split(config.batch_size)
         for group in optimizer.param_groups:
             falling = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             group["lr"] = lr * min((step + 1) / (0.2 * steps + 1), falling)
-        if len(order) < config.batch_size:
-            order = order + torch.tensor(indices)[torch.randperm(len(indices), generator=generator)].tolist()
-        chosen, order = order[:config.batch_size], order[config.batch_size:]
-        x = augment(images.batch(chosen, config.device), generator)
-        noise = torch.randn(x.shape, generator=noise_generator, device=x.device)
-        loss = F.cross_entropy(classifier(x + config.sigma * noise), labels[chosen].to(x.device))
+        chosen = batches[step % epoch]
+        x = augment(images.batch(chosen, config.device))
+        noisy = x + config.sigma * torch.randn(x.shape, device=x.device)
+        loss = F.cross_entropy(classifier(noisy), labels[chosen].to(x.device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         models.keep_steps_positive(classifier)
         progress.add(1)
-        if state_path is not None and (step + 1) % epoch == 0:
+        if state_path is not None and ((step + 1) % epoch == 0 or step + 1 == steps):
             if not torch.isfinite(loss):
                 raise InputError(f"{purpose}: the loss is {loss:g} at step {step + 1}; try another --seed")
-            save_state({"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
-                        "generator": generator.get_state(), "noise_generator": noise_generator.get_state(),
-                        "order": order, "step": step + 1}, state_path)
+            if (step + 1) % epoch == 0:
+                save_state({"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
+                            "step": step + 1}, state_path)
     progress.close()
     classifier.eval()
 
 
 # ---- search ----
-
-def enforce_budget(table: list[Layer], policy: Policy, budget: float,
-                   size_budget: Optional[float] = None) -> Policy:
-    """The policy, forced under the budget (HAQ, section 3.3): from the last layer back, one bit at a time.
-
-    budget and size_budget are fractions of the float network's BitOPs and weight bits. Each visit takes one
-    bit from the layer's weights, then one from its input, until the policy fits; the ends keep their 8 bits.
-    Raises InputError if the narrowest policy is over the budget.
-    """
-    policy = {name: list(bits) for name, bits in policy.items()}
-    size_limit = math.inf if size_budget is None else size_budget
-
-    def over_budget() -> bool:
-        return models.bitops_ratio(table, policy) > budget
-
-    def over_size() -> bool:
-        return models.size_ratio(table, policy) > size_limit
-
-    while over_budget() or over_size():
-        moved = False
-        for layer in reversed(table[1:-1]):
-            bits = policy[layer.name]
-            for kind in (0, 1):
-                if bits[kind] > models.MIN_BITS and (over_budget() or kind == 0 and over_size()):
-                    bits[kind] -= 1
-                    moved = True
-        if not moved:
-            name = "--budget" if over_budget() else "--size-budget"
-            raise InputError(f"{name} is below what the narrowest policy costs: {models.MIN_BITS} bits, and "
-                             f"{models.END_BITS} in the first and last layer, need "
-                             f"{models.bitops_ratio(table, policy):.6f} of the float network's BitOPs and "
-                             f"{models.size_ratio(table, policy):.6f} of its size")
-    return policy
-
 
 class BitWidthEnvironment:
     """An episode walks the layers; each takes two actions, one for its weights, one for its input (HAQ, 3.2).
@@ -546,7 +529,7 @@ class BitWidthEnvironment:
             action = act(states[-1])
             actions.append(action)
             policy[layer.name][kind] = self.bits(action)
-        policy = enforce_budget(self.table, policy, self.budget, self.size_budget)
+        policy = models.enforce_budget(self.table, policy, self.budget, self.size_budget)
         return torch.stack(states), torch.tensor(actions)[:, None], policy
 
 
@@ -590,26 +573,25 @@ def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float]
 
 # ---- stages ----
 
-def base_path(config: Config) -> Path:
+def base_path(config: Config, images: ImageSet) -> Path:
     """Where a base trained with these options is kept, for every run whose base options are equal."""
-    values = json.dumps([getattr(config, name) for name in BASE_OPTIONS])
+    values = json.dumps([images.fingerprint()] + [getattr(config, name) for name in BASE_OPTIONS])
     digest = hashlib.sha256(values.encode()).hexdigest()[:12]
     return Path("runs") / "bases" / f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-{digest}.pt"
 
 
-def build_base(config: Config, num_classes: int) -> tuple[Classifier, bool]:
-    """The float base classifier, and whether it is trained: --checkpoint, an earlier base, or a new one."""
+def build_base(config: Config, num_classes: int, path: Path) -> Classifier:
+    """The float base classifier: --checkpoint, one trained earlier at `path`, or a new one to be trained."""
     if config.checkpoint is not None:
-        return prepare(read_float(config.checkpoint, config, num_classes), config), True
+        return prepare(read_float(config.checkpoint, config, num_classes), config)
     small = config.image_size <= 64
     mean = numbers(config.mean) or (models.CIFAR10_MEAN if small else models.IMAGENET_MEAN)
     std = numbers(config.std) or (models.CIFAR10_STD if small else models.IMAGENET_STD)
     torch.manual_seed(config.seed)
     base = prepare(models.build_classifier(config.arch, num_classes, mean, std), config)
-    path = base_path(config)
     if path.exists():
         base.load_state_dict(load_state(path))
-    return base, path.exists()
+    return base
 
 
 def read_float(path: str, config: Config, num_classes: int) -> Classifier:
@@ -625,11 +607,11 @@ def prepare(classifier: Classifier, config: Config) -> Classifier:
     return classifier.to(config.device, memory_format=torch.channels_last).eval()
 
 
-def train_base(classifier: Classifier, images: ImageSet, indices: list[int], config: Config) -> None:
-    path = base_path(config)
+def train_base(classifier: Classifier, images: ImageSet, indices: list[int], config: Config,
+               path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state_path = path.with_suffix(".state")
-    steps = config.epochs * len(indices) // config.batch_size
+    steps = config.epochs * (len(indices) // config.batch_size)
     train(classifier, images, indices, config, steps, BASE_LR, BASE_DECAY, "base", state_path)
     save_state(classifier.state_dict(), path)
     state_path.unlink(missing_ok=True)
@@ -637,17 +619,24 @@ def train_base(classifier: Classifier, images: ImageSet, indices: list[int], con
 
 def certify_and_keep(classifier: Classifier, images: Tensor, labels: list[int], ids: list[int],
                      num_classes: int, config: Config, path: Path) -> certify.ReplayCache:
-    """FullRobustCertify(f) on the search images, kept in a file for an interrupted run."""
+    """FullRobustCertify(f) on the search images, kept image by image for an interrupted run."""
+    rows, predictions, key = [], [], NoiseKey(config.seed, "search")
     if path.exists():
         saved = load_state(path)
-        rows = [certify.Certificate(**row) for row in saved["certificates"]]
-        return certify.ReplayCache(rows, saved["p_lower"], saved["predictions"], NoiseKey(*saved["key"]))
-    cache = certify.certify_and_cache(classifier, images, labels, ids, num_classes, config.sigma, config.n0,
-                                      config.search_n, config.alpha, NoiseKey(config.seed, "search"),
-                                      config.eval_batch)
-    save_state({"certificates": [vars(row) for row in cache.certificates], "p_lower": cache.p_lower,
-                "predictions": cache.predictions, "key": list(cache.key)}, path)
-    return cache
+        rows, predictions = [certify.Certificate(**row) for row in saved["rows"]], saved["predictions"]
+    progress = Progress("certifying", len(ids), "images", len(rows))
+    block = max(1, 10_000 // config.search_n)
+    for first in range(len(rows), len(ids), block):
+        part = slice(first, first + block)
+        cache = certify.certify_and_cache(classifier, images[part], labels[part], ids[part], num_classes,
+                                          config.sigma, config.n0, config.search_n, config.alpha, key,
+                                          config.eval_batch)
+        rows += cache.certificates
+        predictions.append(cache.predictions)
+        save_state({"rows": [vars(row) for row in rows], "predictions": predictions}, path)
+        progress.add(len(cache.certificates))
+    progress.close()
+    return certify.ReplayCache(rows, torch.cat(predictions), certify.estimate_key(key, config.search_n))
 
 
 class PolicyEvaluator:
@@ -674,11 +663,15 @@ def certify_images(classifier: Classifier, images: ImageSet, config: Config, pat
                    purpose: str) -> list[certify.Certificate]:
     """The final certificate on test images, one flushed row an image; rows already in the file are kept."""
     indices = evenly_spaced(config.images, len(images))
-    done = certify.read_certificates(path) if path.exists() and path.stat().st_size else []
-    part = path.with_name(path.name + ".part")  # the whole rows, without a last one that was cut off
-    with part.open("w") as file:
-        certify.write_certificates(file, done)
-    os.replace(part, path)
+    try:
+        done = certify.read_certificates(path) if path.exists() and path.stat().st_size else []
+    except ValueError as error:
+        raise InputError(f"{error}; remove it to certify anew") from None
+    def keep(part: Path) -> None:  # the whole rows, without a last one that was cut off
+        with part.open("w") as file:
+            certify.write_certificates(file, done)
+
+    write_whole(path, keep)
     block = max(1, 4 * config.eval_batch // config.n)
     progress = Progress("certifying", len(indices), "images", len(done))
     with path.open("a") as file:
@@ -719,42 +712,37 @@ class Stages:
             write_json(self.path, self.records)
 
 
-def print_expected_times(classifier: Classifier, images: ImageSet, ids: list[int], config: Config,
-                         trained: bool) -> None:
-    """What each stage should take, from about a second's measurement of copies of the float network."""
-    quantized = copy.deepcopy(classifier)
-    table = models.quantize_model(quantized, config.image_size)
+def print_expected_times(base: Classifier, classifier: Classifier, table: list[Layer], images: ImageSet,
+                         ids: list[int], config: Config, trained: bool) -> None:
+    """What each stage should take, from about a second's measurement of copies of both networks."""
+    base, quantized = copy.deepcopy(base), copy.deepcopy(classifier)
     models.set_policy(quantized, models.uniform_policy(table, 4))
     x = images.batch(ids[:1], config.device).expand(config.eval_batch, -1, -1, -1)
 
-    def forward(network) -> int:
-        with torch.inference_mode():
-            network(x).argmax(1).cpu()
-        return len(x)
-
-    def step(network) -> int:
-        train(network, images, ids, config, 1, 0.0, 0.0, "timing")
-        return config.batch_size
-
-    def rate(work: Callable, network) -> float:
-        work(network)
-        start, done = time.monotonic(), 0
+    def rate(network, training: bool) -> float:
+        """Images per second, the first call not counted."""
+        done, start = 0, math.inf
         while time.monotonic() - start < 0.25:
-            done += work(network)
+            if training:
+                train(network, images, ids[:config.batch_size], config, 1, 0.0, 0.0, "timing")
+            else:
+                with torch.inference_mode():
+                    network(x).argmax(1).cpu()
+            done += 0 if start == math.inf else config.batch_size if training else len(x)
+            start = min(start, time.monotonic())
         return done / (time.monotonic() - start)
 
-    scratch = copy.deepcopy(classifier)
-    forward_float, forward_quantized = rate(forward, scratch), rate(forward, quantized)
-    step_float, step_quantized = (1 if trained else rate(step, scratch)), rate(step, quantized)
+    forward_float, forward_quantized = rate(base, False), rate(quantized, False)
+    step_quantized = rate(quantized, True)
     final = config.images * (config.n0 + config.n)
     search_base = config.search_images * (config.n0 + config.search_n)
     episode = (config.episode_steps * config.batch_size / step_quantized
                + config.search_images * config.n_p / forward_quantized)
-    stages = {"train the base": 0 if trained else config.epochs * len(ids) / step_float,
-              "certify the base, test images": final / forward_float,
+    stages = {"train the base": 0 if trained else config.epochs * len(ids) / rate(base, True),
               "certify the base, search images": search_base / forward_float,
               f"search, {config.episodes} episodes": config.episodes * episode,
               "fine-tune": config.finetune_epochs * len(ids) / step_quantized,
+              "certify the base, test images": final / forward_float,
               "certify ARQ, test images": final / forward_quantized}
     print(f"expected on {config.device}, from {forward_float:.0f} float and {forward_quantized:.0f} "
           f"quantized images/s, {step_quantized:.0f} in training")
@@ -764,14 +752,23 @@ def print_expected_times(classifier: Classifier, images: ImageSet, ids: list[int
 
 # ---- the run ----
 
-def open_run(config: Config) -> Path:
-    """The run folder, new or of a run with the same options. Raises InputError for any other."""
+def open_run(config: Config, *image_sets: ImageSet) -> Path:
+    """The run folder, new or of a run with the same options, images and networks. Raises InputError."""
     out, path = Path(config.out), Path(config.out) / "config.json"
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACE_OPTIONS}
+    options["fingerprint"] = [images.fingerprint() for images in image_sets]
+    for name in ("checkpoint", "evaluate"):
+        if options[name] is not None:
+            options["fingerprint"].append(hashlib.sha256(Path(options[name]).read_bytes()).hexdigest()[:16])
     if path.exists():
-        old = json.loads(path.read_text())
+        try:
+            old = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError):
+            raise InputError(f"{path} is not the configuration of a run; give another --out") from None
         differ = [f"{flag(name)} {old.get(name)} there, {value} here" for name, value in options.items()
-                  if old.get(name) != value]
+                  if old.get(name) != value and name != "fingerprint"]
+        if not differ and old.get("fingerprint") != options["fingerprint"]:
+            differ = ["the images or the network file have changed"]
         if differ:
             raise InputError(f"--out {out} holds a run of other options: {'; '.join(differ[:4])}; "
                              f"give another --out")
@@ -783,15 +780,22 @@ def open_run(config: Config) -> Path:
 
 
 def run(config: Config) -> dict:
-    """The whole method: base, its certificate, search, fine-tuning, the quantized certificate, results."""
+    """The whole method: base, its certificate, search, fine-tuning, the final certificates, results."""
     train_images, test_images = load_images(config)
     num_classes = len(train_images.classes)
     search_ids = evenly_spaced(config.search_images, len(train_images))
     train_ids = sorted(set(range(len(train_images))) - set(search_ids))
-    classifier, trained = build_base(config, num_classes)
-    table = models.quantize_model(copy.deepcopy(classifier), config.image_size)
-    enforce_budget(table, models.uniform_policy(table, models.MIN_BITS), config.budget, config.size_budget)
-    out = open_run(config)
+    path = base_path(config, train_images)
+    trained = config.checkpoint is not None or path.exists()
+    base = build_base(config, num_classes, path)
+    classifier = copy.deepcopy(base)
+    table = models.quantize_model(classifier, config.image_size)
+    try:
+        models.enforce_budget(table, models.uniform_policy(table, models.MIN_BITS), config.budget,
+                              config.size_budget)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    out = open_run(config, train_images, test_images)
     if (out / "results.json").exists():
         print(f"{out} is finished; its results:")
         results, policy = (json.loads((out / name).read_text()) for name in ("results.json", "policy.json"))
@@ -800,19 +804,20 @@ def run(config: Config) -> dict:
 
     print(f"{config.dataset}: {len(train_ids)} training, {len(search_ids)} search and {config.images} test "
           f"images, {num_classes} classes; {config.arch}, sigma {config.sigma:g}; run folder {out}")
-    print_expected_times(classifier, train_images, train_ids, config, trained)
+    print_expected_times(base, classifier, table, train_images, train_ids, config, trained)
     stages = Stages(out / "stages.json")
-    stages.watch(classifier)
+    stages.watch(base)
     if not trained:
-        stages.run("train the base", train_base, classifier, train_images, train_ids, config)
+        stages.run("train the base", train_base, base, train_images, train_ids, config, path)
     elif config.checkpoint is None:
-        print(f"base classifier: {base_path(config)}, trained earlier")
+        print(f"base classifier: {path}, trained earlier")
+
+    # Algorithm 1: certify f on the search images, then search.
+    classifier = copy.deepcopy(base)
+    stages.watch(classifier)
     table = models.quantize_model(classifier, config.image_size)
     search_images = train_images.batch(search_ids, config.device)
     calibrate(classifier, search_images, config)
-
-    base_rows = stages.run("certify the base, test images", certify_images, classifier, test_images, config,
-                           out / "base_certificates.tsv", "base certificate")
     search_labels = [train_images.labels[i] for i in search_ids]
     cache = stages.run("certify the base, search images", certify_and_keep, classifier, search_images,
                        search_labels, search_ids, num_classes, config, out / "search_cache.pt")
@@ -821,7 +826,6 @@ def run(config: Config) -> dict:
     if base_acr == 0:
         raise InputError("the base classifier certifies none of the search images: there is nothing to keep; "
                          "give a base trained with noise (--checkpoint), more --epochs or a lower --sigma")
-
     environment = BitWidthEnvironment(table, config.budget, config.size_budget)
     evaluate = PolicyEvaluator(classifier, cache, search_images, train_images, train_ids, config)
     best = stages.run("search", search, environment, evaluate, base_acr, config.episodes, config.seed, out)
@@ -831,14 +835,18 @@ def run(config: Config) -> dict:
     if not (out / "model.pt").exists():
         classifier.load_state_dict(evaluate.base_state)
         models.set_policy(classifier, policy)
-        steps = int(config.finetune_epochs * len(train_ids) / config.batch_size)
+        steps = int(config.finetune_epochs * (len(train_ids) // config.batch_size))
         stages.run("fine-tune", train, classifier, train_images, train_ids, config, steps, FINETUNE_LR,
                    FINETUNE_DECAY, "fine-tune", out / "finetune_state.pt")
-        models.save_model(out / "model.pt", classifier, config.arch, num_classes, config.image_size, policy,
-                          config.sigma)
+        write_whole(out / "model.pt", lambda part: models.save_model(
+            part, classifier, config.arch, config.image_size, policy, config.sigma, config.dataset,
+            train_images.classes))
         (out / "finetune_state.pt").unlink(missing_ok=True)
-    classifier, table, _ = models.load_model(out / "model.pt")  # what is certified is what was saved
-    classifier = prepare(classifier, config)
+
+    # Test images are first seen here. What is certified is what was saved.
+    base_rows = stages.run("certify the base, test images", certify_images, base, test_images, config,
+                           out / "base_certificates.tsv", "base certificate")
+    classifier = prepare(models.load_model(out / "model.pt")[0], config)
     stages.watch(classifier)
     rows = stages.run("certify ARQ, test images", certify_images, classifier, test_images, config,
                       out / "certificates.tsv", "certificate")
@@ -858,22 +866,22 @@ def calibrate(classifier: Classifier, images: Tensor, config: Config) -> None:
 
 def evaluate_saved(config: Config) -> dict:
     """--evaluate: certify a saved network, quantized (model.pt) or a float checkpoint, on the test images."""
-    train_images, test_images = load_images(config)
-    num_classes = len(train_images.classes)
+    test_images = load_split(config, False)
+    refuse_too_many(config, test_images)
     if models.saved_options(config.evaluate):
         try:
             classifier, table, saved = models.load_model(config.evaluate)
         except ValueError as error:
             raise InputError(str(error)) from None
         policy = saved["policy"]
-        if saved["num_classes"] != num_classes:
-            raise InputError(f"--evaluate {config.evaluate} knows {saved['num_classes']} classes, the images "
-                             f"have {num_classes}; give the --data it was made for")
+        if saved["classes"] != test_images.classes:
+            raise InputError(f"--evaluate {config.evaluate} was made for classes {saved['classes'][:3]} ..., "
+                             f"these images have {test_images.classes[:3]} ...; give its --data")
     else:
-        classifier = read_float(config.evaluate, config, num_classes)
+        classifier = read_float(config.evaluate, config, len(test_images.classes))
         table = models.quantize_model(classifier, config.image_size)
         policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
-    out = open_run(config)
+    out = open_run(config, test_images)
     stages = Stages(out / "stages.json")
     classifier = prepare(classifier, config)
     stages.watch(classifier)
@@ -937,8 +945,9 @@ def main(argv=None) -> int:
         print(f"arq.py: error: {error}", file=sys.stderr)
         return 2
     except OSError as error:  # no permission, no space: whatever was finished is on disk
-        print(f"arq.py: error: {error.filename or config.out}: {error.strerror}; once this is repaired, the "
-              f"same command continues the run", file=sys.stderr)
+        reason = error.strerror or error
+        print(f"arq.py: error: {error.filename or config.out}: {reason}; once this is repaired, the same "
+              f"command continues the run", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\narq.py: interrupted; the same command continues the run", file=sys.stderr)

@@ -103,8 +103,8 @@ def draw_noise(key: NoiseKey, image_id: int, chunk: int, shape: Sequence[int], d
     Depends on the arguments and device type alone, so cached predictions can be replayed in any batch size.
     """
     digest = hashlib.sha256(f"{key.seed}|{key.purpose}|{image_id}".encode()).digest()
-    # A CPU generator keeps 32 bits of its seed. Counting chunks up from the image's own start keeps them apart,
-    # where 1,000 independent seeds would repeat one, and with it the noise, in 1 of 8,600 images.
+    # A CPU generator keeps 32 bits of its seed. Counting chunks up from the image's own start keeps them
+    # apart, where 1,000 independent seeds would repeat one, and with it the noise, in 1 of 8,600 images.
     seed = (int.from_bytes(digest[:4], "little") + chunk) % 2 ** 32
     # Contiguous: drawing in channels_last order is several times slower on a CPU.
     return torch.randn(CHUNK, *shape, generator=torch.Generator(device).manual_seed(seed), device=device)
@@ -226,13 +226,17 @@ def predict(classifier: Classifier, images: Tensor, ids: Sequence[int], num_clas
 class ReplayCache:
     """f's certificates for a set of images, and what f predicted for every sample behind them.
 
-    p_lower: (B,) float64, p_A at alpha, 0 where the selected class is wrong; predictions: (B, n) uint8, one
-    byte a sample (int16 beyond 256 classes); key: the noise to replay.
+    predictions: (B, n) uint8, one byte a sample (int16 beyond 256 classes); key: the noise to replay.
     """
     certificates: list[Certificate]
-    p_lower: Tensor
     predictions: Tensor
     key: NoiseKey
+
+    @property
+    def p_lower(self) -> Tensor:
+        """p_A at alpha, (B,) float64; 0 where the selected class is wrong and nothing was sampled."""
+        n_a, n = [row.n_a for row in self.certificates], [max(row.n, 1) for row in self.certificates]
+        return torch.as_tensor(lower_confidence_bound(n_a, n, self.certificates[0].alpha))
 
 
 def certify_and_cache(classifier: Classifier, images: Tensor, labels: Sequence[int], ids: Sequence[int],
@@ -255,8 +259,7 @@ def certify_and_cache(classifier: Classifier, images: Tensor, labels: Sequence[i
         predictions[right] = sampled.to(predictions.dtype)
         counts[right] = torch.stack([row.bincount(minlength=num_classes) for row in sampled])
     rows = _certificates(ids, labels, selected, counts, n0, sigma, alpha, start)
-    p_lower = lower_confidence_bound([row.n_a for row in rows], [max(row.n, 1) for row in rows], alpha)
-    return ReplayCache(rows, torch.as_tensor(p_lower), predictions, key)
+    return ReplayCache(rows, predictions, key)
 
 
 class IncrementalCertificate(NamedTuple):
@@ -287,7 +290,8 @@ def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tens
     ids = [row.idx for row in rows]
     selected = torch.tensor([row.selected for row in rows])
     right = selected == torch.tensor([row.label for row in rows])
-    replayed = right & (cache.p_lower < gamma)
+    p_lower = cache.p_lower
+    replayed = right & (p_lower < gamma)
     fresh = right & ~replayed
     p_new = torch.zeros(len(rows), dtype=torch.float64)  # lower bound of P[f^P(x + eps) = c_A]
     zeta = torch.full((len(rows),), math.nan, dtype=torch.float64)
@@ -296,7 +300,7 @@ def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tens
         new = _predictions(classifier, images, ids, replayed, n_p, sigma, cache.key, batch_size)
         n_delta = (new != cache.predictions[replayed, :n_p]).sum(1)
         zeta[replayed] = torch.as_tensor(upper_confidence_bound(n_delta, n_p, alpha_zeta))
-        p_new[replayed] = cache.p_lower[replayed] - zeta[replayed]
+        p_new[replayed] = p_lower[replayed] - zeta[replayed]
     if fresh.any():
         new = _predictions(classifier, images, ids, fresh, n_p, sigma, cache.key.derive("fresh"), batch_size)
         n_a = (new == selected[fresh][:, None]).sum(1)
@@ -319,7 +323,12 @@ def _predictions(classifier, images, ids, mask, n, sigma, key, batch_size) -> Te
 # ---- aggregates and files ----
 
 def average_certified_radius(rows) -> float:
-    """ACR: mean over images of radius * 1[correct]; wrong and abstained images count 0 (ARQ, section 2)."""
+    """ACR: mean over images of radius * 1[correct]; wrong and abstained images count 0 (ARQ, section 2).
+
+    Raises ValueError without rows, as certified_accuracy does.
+    """
+    if not rows:
+        raise ValueError("no certificates to average")
     return sum(row.radius * row.correct for row in rows) / len(rows)
 
 
@@ -331,6 +340,8 @@ def acr_standard_error(rows) -> float:
 
 def certified_accuracy(rows, radius: float) -> float:
     """Share of images that are right, not abstained, and certified at least this l2 radius."""
+    if not rows:
+        raise ValueError("no certificates to count")
     return sum(bool(row.correct) and row.radius >= radius for row in rows) / len(rows)
 
 

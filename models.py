@@ -122,19 +122,20 @@ def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None)
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for files that are no checkpoints
-        raise ValueError(f"{path}: not a PyTorch checkpoint ({str(error).splitlines()[0][:80]})") from None
+        raise ValueError(f"{path}: not a PyTorch checkpoint of tensors and plain values "
+                         f"({str(error).splitlines()[0][:60]}); save its state_dict alone") from None
     state = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     while state and (prefix := _common_prefix(state)):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    linear_layout = "linear.weight" in state
+        state = {key.removeprefix(prefix): value for key, value in state.items() if not key.startswith("0.")}
+    linear = "linear.weight" in state
     names = {"linear.": "fc.", ".shortcut.": ".downsample."}
     for old, new in names.items():
         state = {key.replace(old, new): value for key, value in state.items()}
     option_a = arch in CIFAR_RESNETS and not any("downsample" in key for key in state)
-    small = arch in CIFAR_RESNETS and not linear_layout
-    mean = mean or (CIFAR10_MEAN if small else IMAGENET_MEAN)
-    std = std or (CIFAR10_STD if small else IMAGENET_STD)
+    cifar = arch in CIFAR_RESNETS and not (linear and option_a)
+    mean = mean or (CIFAR10_MEAN if cifar else IMAGENET_MEAN)
+    std = std or (CIFAR10_STD if cifar else IMAGENET_STD)
     classifier = build_classifier(arch, num_classes, mean, std, option_a)
     wanted = classifier.net.state_dict()
     counters = [key for key in wanted if key.endswith("num_batches_tracked")]  # not in old files, and unused
@@ -149,7 +150,9 @@ def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None)
 
 
 def _common_prefix(state: dict) -> Optional[str]:
-    return next((p for p in ("module.", "1.", "net.") if all(key.startswith(p) for key in state)), None)
+    """A wrapper's prefix that every key has, but for the numbers of a normalise layer in front (`0.`)."""
+    keys = [key for key in state if not key.startswith("0.")]
+    return next((p for p in ("module.", "1.", "net.") if all(key.startswith(p) for key in keys)), None)
 
 
 # ---- quantizer ----
@@ -221,9 +224,16 @@ class QuantLayer(nn.Module):
                              groups=layer.groups)
         self.w_step = nn.Parameter(torch.ones(len(layer.weight)))
         self.a_step = nn.Parameter(torch.ones(()))
-        self.register_buffer("signed", torch.tensor(False))
         self.register_buffer("calibrated_steps", torch.ones(MAX_BITS + 1))  # activation step, by width
+        self.signed = False  # a Python value, so that a GPU need not be asked for it at every layer
         self.w_bits = self.a_bits = FLOAT_BITS
+
+    def get_extra_state(self) -> bool:
+        """Carries `signed` in the state dict."""
+        return self.signed
+
+    def set_extra_state(self, signed: bool) -> None:
+        self.signed = signed
 
     def set_bits(self, w_bits: int, a_bits: int) -> None:
         """Change the widths and give the steps their initial values for them (see `calibrate`)."""
@@ -237,7 +247,7 @@ class QuantLayer(nn.Module):
         if self.w_bits == FLOAT_BITS:
             return self.norm(self._multiply(x, self.weight, self.bias))
         w_range = integer_range(self.w_bits, True, True)
-        a_range = integer_range(self.a_bits, bool(self.signed))
+        a_range = integer_range(self.a_bits, self.signed)
         step = self.w_step.view(-1, *[1] * (self.weight.ndim - 1))
         if self.training or torch.is_grad_enabled():
             w = FakeQuantize.apply(self.weight, step, *w_range, self.weight[0].numel())
@@ -282,12 +292,13 @@ def quantize_model(classifier: nn.Module, image_size: int) -> list[Layer]:
     Layers, shapes and the BatchNorm that belongs to each are read off one forward pass at (3, image_size,
     image_size), so any network will do whose layers run once a pass. Returns the layer table in execution
     order; names are the module paths inside `classifier.net` (or the module itself). Raises ValueError for a
-    layer that never runs or runs twice.
+    layer that never runs or runs twice, and unless 32 bits compute exactly what the float network did.
     """
     body = getattr(classifier, "net", classifier)
     names = {module: name for name, module in body.named_modules()}
     layers = [module for module in names if isinstance(module, (nn.Conv2d, nn.Linear))]
-    norms = [module for module in names if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    norms = [module for module in names if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
+             and module.affine and module.track_running_stats]
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
     norm_of: dict[nn.Module, nn.Module] = {}
 
@@ -299,14 +310,16 @@ def quantize_model(classifier: nn.Module, image_size: int) -> list[Layer]:
 
     hooks = [module.register_forward_hook(record) for module in layers + norms]
     was_training, device = classifier.training, next(classifier.parameters()).device
+    probe = torch.rand(1, 3, image_size, image_size, device=device)
     classifier.eval()
     with torch.no_grad():
-        classifier(torch.zeros(1, 3, image_size, image_size, device=device))
-    classifier.train(was_training)
+        expected = classifier(probe)
     for hook in hooks:
         hook.remove()
     if sorted(names[module] for module, _, _ in calls) != sorted(names[module] for module in layers):
         raise ValueError("every convolution and linear layer must run exactly once in a forward pass")
+    if any(isinstance(module, nn.Linear) and x.ndim != 2 for module, x, _ in calls):
+        raise ValueError("linear layers must see inputs (batch, features)")
 
     table = []
     for module, x, out in calls:
@@ -320,6 +333,12 @@ def quantize_model(classifier: nn.Module, image_size: int) -> list[Layer]:
         _replace(body, names[module], QuantLayer(module, norm).to(device))
         if module in norm_of:
             _replace(body, names[norm], nn.Identity())
+    with torch.no_grad():
+        same = torch.equal(classifier(probe), expected)
+    classifier.train(was_training)
+    if not same:
+        raise ValueError("BatchNorm cannot be folded: a convolution's output is used before its BatchNorm, "
+                         "or changed in place, or a convolution does not pad with zeros")
     return table
 
 
@@ -368,7 +387,7 @@ def calibrate(classifier: nn.Module, batches: Iterable[Tensor], values: int = 65
     def keep(layer, inputs):
         flat = inputs[0].flatten()
         stride = max(1, len(flat) * len(batches) // values)
-        layer.signed |= (flat < 0).any()
+        layer.signed |= bool((flat < 0).any())
         seen[layer].append(flat[::stride].clone())
 
     hooks = [layer.register_forward_pre_hook(keep) for layer in seen]
@@ -382,7 +401,7 @@ def calibrate(classifier: nn.Module, batches: Iterable[Tensor], values: int = 65
     for layer, parts in seen.items():
         sample = torch.cat(parts)[None]
         for bits in range(MIN_BITS, MAX_BITS + 1):
-            layer.calibrated_steps[bits] = best_step(sample, *integer_range(bits, bool(layer.signed)))[0]
+            layer.calibrated_steps[bits] = best_step(sample, *integer_range(bits, layer.signed))[0]
 
 
 def bitops(table: list[Layer], policy: Policy) -> int:
@@ -411,23 +430,56 @@ def uniform_policy(table: list[Layer], bits: int, end_bits: int = END_BITS) -> P
     return {layer.name: [end_bits, end_bits] if layer.name in ends else [bits, bits] for layer in table}
 
 
+def enforce_budget(table: list[Layer], policy: Policy, budget: float,
+                   size_budget: Optional[float] = None) -> Policy:
+    """The policy, forced under the budget (HAQ, section 3.3): from the last layer back, one bit at a time.
+
+    budget and size_budget are fractions of the float network's BitOPs and weight bits. Each visit takes one
+    bit from the layer's weights, then one from its input, until the policy fits; the ends keep their 8 bits.
+    Raises ValueError if the narrowest policy is over the budget.
+    """
+    policy = {name: list(bits) for name, bits in policy.items()}
+    size_limit = math.inf if size_budget is None else size_budget
+
+    def over_budget() -> bool:
+        return bitops_ratio(table, policy) > budget
+
+    def over_size() -> bool:
+        return size_ratio(table, policy) > size_limit
+
+    while over_budget() or over_size():
+        moved = False
+        for layer in reversed(table[1:-1]):
+            bits = policy[layer.name]
+            for kind in (0, 1):
+                if bits[kind] > MIN_BITS and (over_budget() or kind == 0 and over_size()):
+                    bits[kind] -= 1
+                    moved = True
+        if not moved:
+            name = "--budget" if over_budget() else "--size-budget"
+            raise ValueError(f"{name} is below what the narrowest policy costs: {MIN_BITS} bits, and "
+                             f"{END_BITS} in the first and last layer, need "
+                             f"{math.ceil(bitops_ratio(table, policy) * 1e6) / 1e6} of the float network's "
+                             f"BitOPs and {math.ceil(size_ratio(table, policy) * 1e6) / 1e6} of its size")
+    return policy
+
+
 # ---- saved networks ----
 
-def save_model(path, classifier: Classifier, arch: str, num_classes: int, image_size: int, policy: Policy,
-               sigma: float) -> None:
-    """Write a network, its policy and what is needed to rebuild and certify it; complete or not at all."""
+def save_model(path, classifier: Classifier, arch: str, image_size: int, policy: Policy, sigma: float,
+               dataset: str, classes: list[str]) -> None:
+    """Write a network with its policy and what is needed to rebuild it and certify it on the right images."""
     option_a = isinstance(classifier.net, CifarResNet) and classifier.net.layer2[0].downsample is None
-    part = f"{path}.part"
-    torch.save({"arch": arch, "num_classes": num_classes, "image_size": image_size, "option_a": option_a,
-                "sigma": sigma, "policy": policy, "state_dict": classifier.state_dict()}, part)
-    os.replace(part, path)
+    torch.save({"arch": arch, "image_size": image_size, "option_a": option_a, "sigma": sigma,
+                "policy": policy, "dataset": dataset, "classes": classes,
+                "state_dict": classifier.state_dict()}, path)
 
 
 def saved_options(path) -> dict:
-    """sigma, arch and image_size of a file that save_model wrote; empty for any other file."""
+    """dataset, arch, image_size and sigma of a file that save_model wrote; empty for any other file."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: saved[name] for name in ("sigma", "arch", "image_size")}
+        return {name: saved[name] for name in ("dataset", "arch", "image_size", "sigma")}
     except Exception:  # not ours: the caller tries other layouts and reports
         return {}
 
@@ -436,7 +488,7 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
     """What save_model wrote: quantized classifier in evaluation mode, layer table and the file's entries."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        classifier = build_classifier(saved["arch"], saved["num_classes"], option_a=saved["option_a"])
+        classifier = build_classifier(saved["arch"], len(saved["classes"]), option_a=saved["option_a"])
         table = quantize_model(classifier, saved["image_size"])
         set_policy(classifier, saved["policy"])
         classifier.load_state_dict(saved["state_dict"])

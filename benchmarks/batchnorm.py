@@ -9,6 +9,7 @@ results/batchnorm.json.
 """
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -41,9 +42,10 @@ def main():
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--batches", type=int, default=24)
     options = parser.parse_args()
-    config = arq.parse_config(["--dataset", "cifar10", "--data", options.data])
+    config = arq.parse_config(["--dataset", "cifar10", "--data", options.data, "--device", "cpu"])
     images, _ = arq.load_images(config)
     generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
 
     def noisy(x):
         return x + config.sigma * torch.randn(x.shape, generator=generator)
@@ -55,13 +57,13 @@ def main():
     picks = [torch.tensor(others)[torch.randint(len(others), (128,), generator=generator)]
              for _ in range(options.batches)]
     ways = {"left alone": None, "re-estimated, plain images": [noisy(images.batch(p)) for p in picks],
-            "re-estimated, augmented": [noisy(arq.augment(images.batch(p), generator)) for p in picks],
+            "re-estimated, augmented": [noisy(arq.augment(images.batch(p))) for p in picks],
             "12 steps of fine-tuning": None}
 
     classifier = arq.prepare(models.load_base_checkpoint(options.checkpoint, "resnet20", 10), config)
     table = models.quantize_model(classifier, 32)
     models.calibrate(classifier, test[:4])
-    state = {name: value.clone() for name, value in classifier.state_dict().items()}
+    state = copy.deepcopy(classifier.state_dict())
 
     def classes():
         with torch.inference_mode():

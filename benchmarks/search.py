@@ -53,13 +53,15 @@ class FixedAgent(RandomAgent):
 
 def evaluator(run: Path, data: str):
     """The environment, the evaluator and the base's ACR of a finished run."""
-    config = arq.Config(**json.loads((run / "config.json").read_text()), data=data, device="auto")
-    config = arq.complete_config(config)
+    options = json.loads((run / "config.json").read_text())
+    del options["fingerprint"]
+    config = arq.complete_config(arq.Config(**options, data=data))
     images, _ = arq.load_images(config)
     search_ids = arq.evenly_spaced(config.search_images, len(images))
     train_ids = sorted(set(range(len(images))) - set(search_ids))
-    classifier, trained = arq.build_base(config, len(images.classes))
-    assert trained, "the run's base classifier is gone"
+    path = arq.base_path(config, images)
+    assert config.checkpoint or path.exists(), f"the run's base classifier is not at {path}"
+    classifier = arq.build_base(config, len(images.classes), path)
     table = models.quantize_model(classifier, config.image_size)
     search_images = images.batch(search_ids, config.device)
     arq.calibrate(classifier, search_images, config)

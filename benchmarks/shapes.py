@@ -21,7 +21,7 @@ import models  # noqa: E402
 
 
 def main():
-    config = arq.parse_config([])
+    config = arq.parse_config(["--device", "cpu"])
     train_images, test_images = arq.load_images(config)
     indices = list(range(len(train_images)))
     x, labels = test_images.batch(range(len(test_images))), torch.tensor(test_images.labels)
