@@ -853,6 +853,7 @@ def run(config: Config) -> dict:
     results = summarize(rows, table, policy, config, best["acr"])
     float_policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
     results["base"] = summarize(base_rows, table, float_policy, config, base_acr)
+    results["acr_difference"] = dict(zip(("mean", "standard_error"), certify.acr_difference(rows, base_rows)))
     return finish(results, stages, policy, config, out)
 
 
@@ -917,20 +918,23 @@ def down(value: Optional[float]) -> str:
 def print_report(results: dict, policy: Policy, config: Config, out: Path) -> None:
     """Float base and ARQ side by side, and the policy, one line a layer."""
     columns = {"float base": results["base"], "ARQ": results} if "base" in results else {"network": results}
-    lines = {"accuracy": lambda r: down(r["accuracy"])}  # of a smoothed classifier: certified at radius 0
-    for radius in map(str, RADII):
-        lines[f"certified accuracy at {radius}"] = lambda r, key=radius: down(r["certified_accuracy"][key])
-    lines["average certified radius (ACR)"] = lambda r: down(r["acr"])
-    lines["  standard error over images"] = lambda r: f"{r['acr_standard_error']:.4f}"
-    lines["ACR on the search images"] = lambda r: down(r["search_acr"])
-    lines["abstained"] = lambda r: f"{r['abstained']:.4f}"
-    lines["BitOPs, % of float"] = lambda r: f"{100 * r['bitops_ratio']:.4f}"
-    lines["weights, bytes"] = lambda r: f"{r['size_bytes']:,}"
+    lines = [("accuracy (certified, radius 0)", lambda r: down(r["accuracy"])),
+             *((f"certified accuracy at {radius}", lambda r, key=radius: down(r["certified_accuracy"][key]))
+               for radius in map(str, RADII)),
+             ("average certified radius (ACR)", lambda r: down(r["acr"])),
+             ("  standard error over images", lambda r: f"{r['acr_standard_error']:.4f}"),
+             ("ACR on the search images", lambda r: down(r["search_acr"])),
+             ("abstained", lambda r: f"{r['abstained']:.4f}"),
+             ("BitOPs, % of float", lambda r: f"{100 * r['bitops_ratio']:.4f}"),
+             ("weights, bytes", lambda r: f"{r['size_bytes']:,}")]
     print(f"\n{config.dataset}, {config.arch}, sigma {config.sigma:g}: {results['images']} test images, "
           f"n0 = {config.n0}, n = {config.n}, alpha = {config.alpha:g} an image, one-sided radii\n")
     print(f"{'':<34}" + "".join(f"{name:>14}" for name in columns))
-    for label, text in lines.items():
+    for label, text in lines:
         print(f"{label:<34}" + "".join(f"{text(column):>14}" for column in columns.values()))
+    if "acr_difference" in results:
+        mean, error = results["acr_difference"].values()
+        print(f"ACR less the base's, on the same images: {mean:+.4f}, standard error {error:.4f}")
     print(f"\n{'layer':<26}{'weights':>9}{'input':>9}   (bits)")
     for name, (w_bits, a_bits) in policy.items():
         print(f"{name:<26}{w_bits:>9}{a_bits:>9}")

@@ -338,6 +338,14 @@ def acr_standard_error(rows) -> float:
     return float(values.std() / math.sqrt(len(values)))
 
 
+def acr_difference(rows, base_rows) -> tuple[float, float]:
+    """ACR of rows less that of base_rows, on the same images in the same order; its paired standard error."""
+    gains = [row.radius * row.correct - base.radius * base.correct
+             for row, base in zip(rows, base_rows, strict=True)]
+    gains = torch.tensor(gains, dtype=torch.float64)
+    return float(gains.mean()), float(gains.std() / math.sqrt(len(gains)))
+
+
 def certified_accuracy(rows, radius: float) -> float:
     """Share of images that are right, not abstained, and certified at least this l2 radius."""
     if not rows:

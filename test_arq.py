@@ -226,6 +226,8 @@ def test_aggregates_worked_by_hand():
     rows = [row(0.5, 1), row(0.25, 1), row(0.9, 0), row(0.0, 0)]
     assert certify.average_certified_radius(rows) == pytest.approx(0.1875)
     assert [certify.certified_accuracy(rows, r) for r in (0, 0.25, 0.3, 0.6)] == [0.5, 0.5, 0.25, 0]
+    difference, error = certify.acr_difference(rows, [row(0.25, 1), row(0.0, 0), row(0.3, 1), row(0.0, 0)])
+    assert difference == pytest.approx(0.05) and error == pytest.approx(0.1307, abs=1e-4)
 
 
 # ---- models.py ----
