@@ -99,7 +99,7 @@ class Config:
 PAPER_SIZED = dict(epochs=90, episodes=600, episode_steps=20, search_images=500, search_n=10000, n_p=1000,
                    images=500, n=10000, gamma=0.99)
 DEFAULTS = {
-    "shapes": dict(arch="resnet8", image_size=32, epochs=8, episodes=30, episode_steps=8, finetune_epochs=4.0,
+    "shapes": dict(arch="resnet8", image_size=32, epochs=6, episodes=24, episode_steps=8, finetune_epochs=3.0,
                    search_images=100, search_n=500, n_p=100, images=100, n=1000, gamma=0.99),
     "cifar10": dict(PAPER_SIZED, arch="resnet20", image_size=32, finetune_epochs=30.0),
     "folder": dict(PAPER_SIZED, arch="resnet20", image_size=32, finetune_epochs=30.0),
