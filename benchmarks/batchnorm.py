@@ -34,6 +34,8 @@ def reestimate(classifier, batches):
     for batch in batches:
         classifier(batch)
     classifier.eval()
+    for norm in norms:
+        norm.momentum = 0.1  # PyTorch's default, for the fine-tuning that follows
 
 
 def main():
