@@ -100,16 +100,24 @@ def test_certified_radius_never_exceeds_a_linear_classifiers_margin():
 
 
 def test_noise_and_predictions_do_not_depend_on_the_batch_size():
-    pixels = lambda x: x.flatten(1)[:, :5]  # noqa: E731  a class for every sample, by comparisons alone
     images, ids, sizes = torch.rand(3, 3, 4, 4), [7, 1, 30], [130, 0, 250]
-    found = []
-    for batch_size in (1, 33, 100, 1000):
-        batches = list(certify.noisy_predictions(pixels, images, ids, sizes, 0.3, KEY, batch_size))
-        assert all(len(rows) == batch_size for rows, _ in batches[:-1])  # batches span images and are full
-        found.append([torch.cat(parts).tolist() for parts in zip(*batches)])
-    assert all(result == found[0] for result in found)
-    alone = list(certify.noisy_predictions(pixels, images[2:], ids[2:], sizes[2:], 0.3, KEY, 100))
-    assert torch.cat([classes for _, classes in alone]).tolist() == found[0][1][130:]
+
+    def sampled(images, ids, sizes, batch_size):
+        """All noisy images, bit for bit, with their rows and classes; batches span images and are full."""
+        seen = []
+        classify = lambda x: seen.append(x) or x.flatten(1)[:, :5]  # noqa: E731
+        batches = list(certify.noisy_predictions(classify, images, ids, sizes, 0.3, KEY, batch_size))
+        assert all(len(rows) == batch_size for rows, _ in batches[:-1])
+        return torch.cat(seen), *(torch.cat(parts) for parts in zip(*batches))
+
+    first = sampled(images, ids, sizes, 1)
+    for batch_size in (33, 100, 1000):
+        assert all(torch.equal(a, b) for a, b in zip(first, sampled(images, ids, sizes, batch_size)))
+    assert first[1].tolist() == [0] * 130 + [2] * 250
+    alone = sampled(images[2:], ids[2:], sizes[2:], 100)
+    assert torch.equal(alone[0], first[0][130:]) and torch.equal(alone[2], first[2][130:])
+    expected = images[0] + 0.3 * certify.draw_noise(KEY, 7, 1, (3, 4, 4), "cpu")[29]
+    assert torch.allclose(first[0][129], expected)
 
 
 def test_noise_is_keyed_by_seed_purpose_image_and_chunk():
@@ -240,6 +248,7 @@ def quantized(arch="resnet20", size=32, bits=4, classes=10, seed=0):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight, 1, 0.3)
             nn.init.normal_(module.bias, 0, 0.2)
+            nn.init.normal_(module.running_mean, 0, 0.3)
             nn.init.uniform_(module.running_var, 0.5, 2)
     table = models.quantize_model(classifier, size)
     models.calibrate(classifier, [torch.rand(16, 3, size, size)])
