@@ -160,7 +160,8 @@ def complete_config(config: Config) -> Config:
     for name, upper in UPPER.items():
         value = getattr(config, name)
         if value is not None and not 0 < value < upper:
-            raise InputError(f"{flag(name)} must be above 0 and below {upper}, not {value}")
+            below = "" if upper == math.inf else f" and below {upper}"
+            raise InputError(f"{flag(name)} must be a number above 0{below}, not {value}")
     for name, lowest in LOWEST.items():
         value = getattr(config, name)
         if not lowest <= value < 2 ** 31:
