@@ -483,8 +483,9 @@ def test_losses_and_soft_update_worked_by_hand():
     nn.init.constant_(mu.weight, 0.5)
     batch = (one(2, 1), one(2, 1), torch.tensor([[3.0], [3.0]]), one(2, 1), torch.tensor([[0.0], [1.0]]))
     # Q = 4; targets: (3 - 1) / 2 + 0.5 * Q'(1, 0.5) = 1 + 0.5 * 3 = 2.5, and 1 at the end.
-    assert float(critic_loss(q, q, mu, batch, 1.0, 2.0, 0.5)) == pytest.approx(((4 - 2.5) ** 2 + 3 ** 2) / 2)
-    assert float(actor_loss(mu, q, batch)) == pytest.approx(-3.0)
+    loss = critic_loss(q, q, mu, batch, 1.0, 2.0, 0.5)
+    assert loss.item() == pytest.approx(((4 - 2.5) ** 2 + 3 ** 2) / 2)
+    assert actor_loss(mu, q, batch).item() == pytest.approx(-3.0)
     target = copy.deepcopy(q)
     nn.init.constant_(q.weight, 3.0)
     soft_update(target, q, 0.1)
