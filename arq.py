@@ -720,26 +720,29 @@ def print_expected_times(base: Classifier, classifier: Classifier, table: list[L
     models.set_policy(quantized, models.uniform_policy(table, 4))
     x = images.batch(ids[:1], config.device).expand(config.eval_batch, -1, -1, -1)
 
-    def rate(network, training: bool) -> float:
-        """Images per second, the first call not counted."""
-        done, start = 0, math.inf
+    def forward(network) -> int:
+        with torch.inference_mode():
+            network(x).argmax(1).cpu()
+        return len(x)
+
+    def step(network) -> int:
+        train(network, images, ids[:config.batch_size], config, 1, 0.0, 0.0, "timing")
+        return config.batch_size
+
+    def rate(work: Callable, network) -> float:
+        work(network)  # the first call pays for warming up
+        start, done = time.monotonic(), 0
         while time.monotonic() - start < 0.25:
-            if training:
-                train(network, images, ids[:config.batch_size], config, 1, 0.0, 0.0, "timing")
-            else:
-                with torch.inference_mode():
-                    network(x).argmax(1).cpu()
-            done += 0 if start == math.inf else config.batch_size if training else len(x)
-            start = min(start, time.monotonic())
+            done += work(network)
         return done / (time.monotonic() - start)
 
-    forward_float, forward_quantized = rate(base, False), rate(quantized, False)
-    step_quantized = rate(quantized, True)
+    forward_float, forward_quantized = rate(forward, base), rate(forward, quantized)
+    step_quantized = rate(step, quantized)
     final = config.images * (config.n0 + config.n)
     search_base = config.search_images * (config.n0 + config.search_n)
     episode = (config.episode_steps * config.batch_size / step_quantized
                + config.search_images * config.n_p / forward_quantized)
-    stages = {"train the base": 0 if trained else config.epochs * len(ids) / rate(base, True),
+    stages = {"train the base": 0 if trained else config.epochs * len(ids) / rate(step, base),
               "certify the base, search images": search_base / forward_float,
               f"search, {config.episodes} episodes": config.episodes * episode,
               "fine-tune": config.finetune_epochs * len(ids) / step_quantized,

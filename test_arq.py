@@ -722,6 +722,24 @@ def test_an_interrupted_run_continues(finished_run, monkeypatch, capsys):
         assert [(r.idx, r.n_a, r.radius) for r in first] == [(r.idx, r.n_a, r.radius) for r in second]
 
 
+def test_a_policys_reward_does_not_depend_on_the_policies_before_it():
+    """Every episode starts from the base's weights and sees the same batches and noise."""
+    config = arq.parse_config("--episode-steps 2 --batch-size 16 --n-p 20 --device cpu".split())
+    classifier, table = quantized("resnet8", bits=32)
+    images, ids = arq.draw_shapes(40, seed=0, size=32), [0, 10, 20, 30]
+    some, labels = images.batch(ids), [images.labels[i] for i in ids]
+    cache = certify.certify_and_cache(classifier, some, labels, ids, 10, 0.25, 10, 20, 0.001, KEY)
+    evaluate = arq.PolicyEvaluator(classifier, cache, some, images, list(range(40)), config)
+
+    def weights_after(bits):
+        evaluate(models.uniform_policy(table, bits))
+        return copy.deepcopy(classifier.state_dict())
+
+    first, other, again = weights_after(4), weights_after(3), weights_after(4)
+    assert all(torch.equal(torch.as_tensor(first[k]), torch.as_tensor(again[k])) for k in first)
+    assert not torch.equal(first["net.conv1.weight"], other["net.conv1.weight"])
+
+
 def test_a_run_folder_refuses_other_options(finished_run, monkeypatch, capsys):
     monkeypatch.chdir(finished_run)
     assert fails([*SMALL, "--out", "run", "--seed", "1"], capsys, "--seed 0 there, 1 here")
