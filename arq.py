@@ -656,7 +656,8 @@ class PolicyEvaluator:
         train(self.classifier, self.train_images, self.train_ids, config, config.episode_steps, EPISODE_LR,
               FINETUNE_DECAY, "episode")
         rows = certify.certify_incremental(self.classifier, self.cache, self.images, config.n_p,
-                                           config.alpha_zeta, config.gamma, config.eval_batch)
+                                           config.alpha_zeta, config.gamma, "paper",
+                                           batch_size=config.eval_batch)
         return certify.average_certified_radius(rows)
 
 

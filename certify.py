@@ -13,6 +13,7 @@ before any normalisation.
     p_A       p_lower       lower confidence bound of P[f(x + eps) = c_A]
     n_p       n_p           samples of f^P per image in the incremental certificate
     zeta      zeta          upper confidence bound of P[f(x + eps) != f^P(x + eps)]
+    p_B       p_upper       upper confidence bound of the probability of every other class; 1 - p_A one-sided
     R         radius        certified l2 radius: g is constant on the ball of this radius around x
 
 Sources: Cohen, Rosenfeld and Kolter, ICML 2019 (CERTIFY, PREDICT); Ugare et al., ICLR 2024 (IRS).
@@ -21,13 +22,14 @@ Sources: Cohen, Rosenfeld and Kolter, ICML 2019 (CERTIFY, PREDICT); Ugare et al.
 import hashlib
 import math
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from typing import Callable, Iterator, NamedTuple, Optional, Sequence, TextIO
 
 import torch
 from scipy.stats import beta, binomtest, norm
 from torch import Tensor
+from torch.nn import functional as F
 
 ABSTAIN = -1
 CHUNK = 100  # noise is drawn this many samples at a time: a sample's noise must not depend on the batch size
@@ -36,22 +38,22 @@ Classifier = Callable[[Tensor], Tensor]
 
 # ---- bounds and radii ----
 
-def lower_confidence_bound(k, n, alpha: float):
+def lower_confidence_bound(k, n, alpha):
     """One-sided Clopper-Pearson lower bound on a probability, from k successes in n independent trials.
 
-    P[bound <= true probability] >= 1 - alpha. k and n may be arrays of equal shape, or one a number.
-    Raises ValueError unless 0 <= k <= n, n >= 1 and 0 < alpha < 1.
+    P[bound <= true probability] >= 1 - alpha. Numbers give a float, arrays of one shape (or broadcast) a
+    float64 tensor. Raises ValueError unless 0 <= k <= n, n >= 1 and 0 < alpha < 1.
     """
-    if not 0 < alpha < 1:
+    k, n, alpha = _as_array(k), _as_array(n), _as_array(alpha)
+    if not ((alpha > 0) & (alpha < 1)).all():
         raise ValueError(f"alpha must lie strictly between 0 and 1, not {alpha}")
-    k, n = _as_array(k), _as_array(n)
     if not ((k >= 0) & (k <= n) & (n >= 1)).all():
         raise ValueError("counts must satisfy 0 <= k <= n and n >= 1")
-    bound = beta.ppf(alpha, k.clip(1), n - k + 1)  # k = 0 has no beta quantile: its bound is 0
-    return _as_number(bound * (k > 0))
+    positive = k > 0  # k = 0 has no beta quantile: its bound is 0
+    return _as_tensor(beta.ppf(alpha, k + ~positive, n - k + 1) * positive)
 
 
-def upper_confidence_bound(k, n, alpha: float):
+def upper_confidence_bound(k, n, alpha):
     """One-sided Clopper-Pearson upper bound: P[bound >= true probability] >= 1 - alpha. Same arguments."""
     return 1 - lower_confidence_bound(_as_array(n) - _as_array(k), n, alpha)
 
@@ -61,16 +63,16 @@ def certified_radius(p_a, sigma: float, p_b=None):
 
     p_a is a lower bound on the probability of the predicted class and p_b an upper bound on that of every
     other class; without p_b, 1 - p_a takes its place (the one-sided radius, sigma Phi^-1(p_A), of published
-    tables). Arrays are welcome. Returns 0 where nothing is certified. Raises ValueError unless sigma > 0.
+    tables). Arrays are welcome. Returns 0 where nothing is certified. Raises ValueError unless sigma > 0 and
+    probabilities are probabilities.
     """
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, not {sigma}")
     p_a = _as_array(p_a)
-    if p_b is None:
-        radius = sigma * norm.ppf(p_a)
-    else:
-        radius = sigma / 2 * (norm.ppf(p_a) - norm.ppf(_as_array(p_b)))
-    return _as_number(radius.clip(0))
+    p_b = 1 - p_a if p_b is None else _as_array(p_b)
+    if not ((p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1)).all():
+        raise ValueError("probabilities must lie between 0 and 1")
+    return _as_tensor((sigma / 2 * (norm.ppf(p_a) + norm.isf(p_b))).clip(0))
 
 
 def can_certify(n: int, alpha: float) -> bool:
@@ -82,8 +84,8 @@ def _as_array(value):
     return torch.as_tensor(value, dtype=torch.float64).cpu().numpy()
 
 
-def _as_number(array):
-    return float(array) if array.ndim == 0 else array
+def _as_tensor(array):
+    return torch.from_numpy(array) if array.ndim else float(array)
 
 
 # ---- noise and sampling ----
@@ -112,17 +114,21 @@ def draw_noise(key: NoiseKey, image_id: int, chunk: int, shape: Sequence[int], d
 
 @torch.inference_mode()
 def noisy_predictions(classifier: Classifier, images: Tensor, ids: Sequence[int], sizes: Sequence[int],
-                      sigma: float, key: NoiseKey, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Classify sizes[i] noisy copies of images[i] (B, C, H, W), in order; batches span images and are full.
+                      sigma: float, key: NoiseKey, batch_size: int,
+                      first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Classify noisy copies first .. first + sizes[i] - 1 of images[i] (B, C, H, W), in order.
 
-    Yields pairs (rows, classes) of equal length, on the CPU: row i of `images` was given class c once.
+    Batches span images and are full. Yields pairs (rows, classes) of equal length, on the CPU: row i of
+    `images` was given class c once.
     """
     batch, rows, filled = [], [], 0
-    total, done = sum(sizes), 0
+    total, done = int(sum(sizes)), 0
     for row, (image, image_id, size) in enumerate(zip(images, ids, sizes)):
-        for chunk in range(math.ceil(size / CHUNK)):
-            noise = draw_noise(key, image_id, chunk, image.shape, image.device)[:size - chunk * CHUNK]
-            noisy = noise.mul_(sigma).add_(image)
+        last = first + int(size)
+        for chunk in range(first // CHUNK, math.ceil(last / CHUNK)):
+            start = chunk * CHUNK
+            noise = draw_noise(key, image_id, chunk, image.shape, image.device)
+            noisy = noise[max(0, first - start):max(0, last - start)].mul_(sigma).add_(image)
             while len(noisy):
                 part = noisy[:batch_size - filled]
                 noisy = noisy[len(part):]
@@ -152,7 +158,8 @@ class Certificate:
 
     The first six fields are the columns existing tools read; files others published hold only those. The
     rest is what the radius was computed from: the selected class, its votes n_a, those of the most counted
-    other class n_b, the sample sizes, sigma (in [0, 1] pixels) and the one-sided alpha.
+    other class n_b, the sample sizes, sigma (in [0, 1] pixels) and alpha. `two_sided` makes the two-sided
+    certificate of the same counts.
     """
     idx: int
     label: int
@@ -180,10 +187,15 @@ def certify(classifier: Classifier, images: Tensor, labels: Sequence[int], ids: 
     noise key.
     """
     start = time.monotonic()
-    counts0 = class_counts(classifier, images, ids, n0, num_classes, sigma, key.derive("select"), batch_size)
-    selected = counts0.argmax(1)                                      # c_A, on samples the bound does not use
+    selected = select_classes(classifier, images, ids, num_classes, sigma, n0, key, batch_size)
     counts = class_counts(classifier, images, ids, n, num_classes, sigma, estimate_key(key, n), batch_size)
     return _certificates(ids, labels, selected, counts, n0, sigma, alpha, start)
+
+
+def select_classes(classifier, images, ids, num_classes, sigma, n0, key, batch_size) -> Tensor:
+    """c_A of every image (B,), from n0 samples that no bound uses."""
+    key = key.derive("select")
+    return class_counts(classifier, images, ids, n0, num_classes, sigma, key, batch_size).argmax(1)
 
 
 def estimate_key(key: NoiseKey, n: int) -> NoiseKey:
@@ -205,6 +217,26 @@ def _certificates(ids, labels, selected, counts, n0, sigma, alpha, start) -> lis
         rows.append(Certificate(int(ids[i]), int(label), top, float(radius[i]), int(top == label), seconds,
                                 int(selected[i]), int(n_a[i]), int(n_b[i]), int(n[i]), n0, sigma, alpha))
     return rows
+
+
+def two_sided(rows: Sequence[Certificate]) -> list[Certificate]:
+    """The same certificates by Theorem 2.1 in full: p_A and p_B bounded at alpha / 2 each, from n_a and n_b.
+
+    The most counted other class needs no correction over classes: its bound is at least the bound of the
+    true runner-up, whichever class that is. Each of the two radii is wrong with probability at most alpha;
+    taking the larger one afterwards would spend alpha twice. Raises ValueError for rows without counts.
+    """
+    if any(row.n_a is None or row.n_b is None for row in rows):
+        raise ValueError("these certificates hold no counts; a two-sided radius needs n_a and n_b")
+    certificates = []
+    for row in rows:
+        n = max(row.n, 1)
+        p_a = lower_confidence_bound(row.n_a, n, row.alpha / 2)
+        p_b = upper_confidence_bound(row.n_b, n, row.alpha / 2)
+        radius = certified_radius(p_a, row.sigma, p_b)
+        top = row.selected if p_a > p_b else ABSTAIN
+        certificates.append(replace(row, predict=top, radius=radius, correct=int(top == row.label)))
+    return certificates
 
 
 def predict(classifier: Classifier, images: Tensor, ids: Sequence[int], num_classes: int, sigma: float,
@@ -232,12 +264,6 @@ class ReplayCache:
     predictions: Tensor
     key: NoiseKey
 
-    @property
-    def p_lower(self) -> Tensor:
-        """p_A at alpha, (B,) float64; 0 where the selected class is wrong and nothing was sampled."""
-        n_a, n = [row.n_a for row in self.certificates], [max(row.n, 1) for row in self.certificates]
-        return torch.as_tensor(lower_confidence_bound(n_a, n, self.certificates[0].alpha))
-
 
 def certify_and_cache(classifier: Classifier, images: Tensor, labels: Sequence[int], ids: Sequence[int],
                       num_classes: int, sigma: float, n0: int, n: int, alpha: float, key: NoiseKey,
@@ -248,76 +274,311 @@ def certify_and_cache(classifier: Classifier, images: Tensor, labels: Sequence[i
     beyond n0, and abstains. Guarantee and arguments as in `certify`.
     """
     start = time.monotonic()
-    counts0 = class_counts(classifier, images, ids, n0, num_classes, sigma, key.derive("select"), batch_size)
-    selected = counts0.argmax(1)
-    right = selected == torch.as_tensor(labels)
+    selected = select_classes(classifier, images, ids, num_classes, sigma, n0, key, batch_size)
+    sizes = n * (selected == torch.as_tensor(labels))
     key = estimate_key(key, n)
-    predictions = torch.zeros(len(images), n, dtype=torch.uint8 if num_classes <= 256 else torch.int16)
+    dtype = torch.uint8 if num_classes <= 256 else torch.int16
+    predictions = _predictions(classifier, images, ids, sizes, sigma, key, batch_size, 0, n, dtype)
     counts = torch.zeros(len(images), num_classes, dtype=torch.int64)
-    if right.any():
-        sampled = _predictions(classifier, images, ids, right, n, sigma, key, batch_size)
-        predictions[right] = sampled.to(predictions.dtype)
-        counts[right] = torch.stack([row.bincount(minlength=num_classes) for row in sampled])
+    for i in sizes.nonzero().flatten():
+        counts[i] = predictions[i].long().bincount(minlength=num_classes)
     rows = _certificates(ids, labels, selected, counts, n0, sigma, alpha, start)
     return ReplayCache(rows, predictions, key)
 
 
+def _predictions(classifier, images, ids, sizes, sigma, key, batch_size, first, width, dtype) -> Tensor:
+    """Predicted classes (B, width) of noisy copies first .. first + sizes[i] - 1, then zeros."""
+    predictions = torch.zeros(len(images), width, dtype=dtype)
+    places = torch.arange(width) < sizes[:, None]
+    found = torch.empty(int(sizes.sum()), dtype=dtype)
+    done = 0
+    stream = noisy_predictions(classifier, images, ids, sizes.tolist(), sigma, key, batch_size, first)
+    for _, classes in stream:
+        found[done:done + len(classes)] = classes
+        done += len(classes)
+    predictions[places] = found
+    return predictions
+
+
+MODES = ("off", "paper", "paired", "auto")
+METHODS = ("none", "fresh", "paper", "paired", "estimate")
+NONE, FRESH, PAPER, PAIRED, ESTIMATE = range(5)
+
+
 class IncrementalCertificate(NamedTuple):
-    """One image certified for f^P by IRS; zeta is None where fresh samples were drawn, or none at all."""
+    """One image certified for f^P: how (of METHODS), and by how many samples of f^P, a pilot's included.
+
+    zeta is the published bound, where that was used; difference is P[f^P = c_A] - P[f = c_A] as replayed,
+    where the paired bound or the estimate was used.
+    """
     idx: int
     label: int
     predict: int
     radius: float
     correct: int
+    method: str
+    passes: int
     zeta: Optional[float]
+    difference: Optional[float]
+
+
+def paired_lower_bound(both: Tensor, lost: Tensor, gained: Tensor, m: Tensor, k: Tensor, n: Tensor,
+                       alpha: float, bet: Tensor) -> Tensor:
+    """Lower confidence bound (B,) of P[G], from m samples of F and G together and n others of F alone.
+
+    F and G are the events f = c and f^P = c, or others; `both`, `lost` and `gained` count the samples where
+    both, only F, and only G hold; k of the n other samples have F. With probability at least 1 - alpha the
+    bound is below P[G]. It bounds the difference of G and wF, w = n / (n + m), on the same noise:
+
+        P[G] = t + w P[F] with t = E[G - wF], for any w.
+        The m samples bet on t: under E[G - wF] <= t, the wealth e(t) = prod_i 1 + bet (G_i - w F_i - t) has
+        expectation at most 1, for a bet fixed in advance that leaves no factor negative.
+        The n others give a p-value for P[F] <= p: the binomial tail q(p) of k or more among n.
+        They share no sample, so P[q <= alpha e] = E[alpha e] <= alpha at the true t and p: but with that
+        probability p is at least LCB(k, n, alpha e(t)), and P[G] at least the minimum over t of
+        t + w LCB(k, n, alpha e(t)).
+
+    All of alpha is spent on this one comparison, where p_A - zeta spends a share on each of two bounds. e
+    falls with t, so taking t from one end of a cell of a grid and e from the other errs downwards only.
+    """
+    both, lost, gained, m, k, n, bet = (part.double()[:, None] for part in (both, lost, gained, m, k, n, bet))
+    w = n / (n + m)
+    mean = (gained + (1 - w) * both - w * lost) / m
+    square = (gained + (1 - w) ** 2 * both + w ** 2 * lost) / m
+    spread = ((square - mean ** 2).clamp(min=0) / m).sqrt() + 1 / m
+    far, near = torch.logspace(2, 0.62, 40), torch.linspace(-4, 4, 81)
+    offsets = torch.cat([-far, near, far.flip(0)[:20]])
+    t = (mean + spread * offsets).clamp(max=1).maximum(-w)  # fine near the mean, where the minimum lies
+    t = torch.cat([-w, t, torch.ones_like(w)], 1)
+    size = torch.minimum(bet, 0.9 / (w + t).clamp(min=1e-12))
+    neither = m - both - lost - gained
+    wealth = sum(count * torch.log1p(size * (value - t))
+                 for count, value in ((both, 1 - w), (lost, -w), (gained, 1), (neither, 0)))
+    # A hundredth stays out of the bet: wealth lost on a t far off must not stop the others from excluding it.
+    level = alpha * (0.99 * wealth.clamp(max=700).exp() + 0.01)[:, 1:]
+    p = lower_confidence_bound(k, n, level.clamp(max=0.999999))
+    return torch.where(level >= 1, math.inf, t[:, :-1] + w * p).amin(1).clamp(0, 1)
+
+
+def expected_radius(p: Tensor, weight: Tensor, samples: Tensor, alpha: float, loss=0.0) -> Tensor:
+    """Mean radius over sigma (B, S) that `samples` (B, S) will certify at alpha, less `loss` off the bound.
+
+    p (B,) is known as if from `weight` (B,) samples; the mean is over six quantiles of the coming votes, by
+    a beta distribution with their (beta-binomial) variance.
+    """
+    p, weight, samples = p[:, None, None], weight[:, None, None], samples.clamp(min=2)[..., None]
+    size = samples * (weight + 1) / (weight + samples) - 1
+    votes = _as_tensor(beta.ppf((torch.arange(6) + 0.5) / 6, p * size, (1 - p) * size)) * samples
+    bound = lower_confidence_bound(votes, samples, alpha) - torch.as_tensor(loss)[..., None]
+    return certified_radius(bound.clamp(min=0), 1.0).mean(-1)
+
+
+def _share_out(gain: Tensor, method: Tensor, sizes: Tensor, total: int) -> tuple[Tensor, Tensor]:
+    """The methods and sizes (B,) of largest total gain (B, S), by a price per pass that uses up `total`."""
+    gain, method, sizes = (F.pad(part, (1, 0)) for part in (gain, method, sizes))  # or no pass at all
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        price = (low + high) / 2
+        choice = (gain - price * sizes).argmax(1)
+        low, high = (price, high) if sizes[choice].sum() > total else (low, price)
+    choice = (gain - high * sizes).argmax(1)
+    spent = max(1, int(sizes[choice].sum()))
+    return method.gather(1, choice[:, None]).squeeze(1), sizes[choice] * total // spent
+
+
+class Plan(NamedTuple):
+    """What each image gets, fixed before any bound is computed; bounds use cached samples from `first` on.
+
+    All (B,): index into METHODS, samples of f^P for the bound and for the pilot, bet of the paired bound.
+    """
+    method: Tensor
+    passes: Tensor
+    pilot: Tensor
+    bet: Tensor
+    first: int
+
+
+def plan_passes(cache: ReplayCache, sample: Callable, selected: Tensor, right: Tensor, n_p: int,
+                alpha: float, alpha_zeta: float, share_out: bool) -> Plan:
+    """Plan n_p passes an image of right class; share_out: so that the expected sum of radii is largest.
+
+    Reads only the first tenth of the cached samples. There f's votes tell how certain each image is, and a
+    pilot, a twentieth of the passes replayed on them, how often f^P differs: as changes of the vote for c_A
+    per unit of the variance p (1 - p), taken to be alike for all images. sample: see `_sampler`.
+    """
+    n = cache.predictions.shape[1]
+    first, rest = n // 10, n - n // 10
+    votes = (cache.predictions[:, :first] == selected[:, None]).sum(1)
+    p = (votes.double() + 0.5) / (first + 1)
+    variance = p * (1 - p)
+    pilot = min(first, n_p // 20) * right
+    replayed = sample(pilot, cache.key, 0)
+    inside = torch.arange(replayed.shape[1]) < pilot[:, None]
+    before = inside & (cache.predictions[:, :replayed.shape[1]] == selected[:, None])
+    after = inside & (replayed == selected[:, None])
+    lost, gained = (before & ~after).sum(1), (after & ~before).sum(1)
+    units = pilot * variance
+    change = (lost.sum() + gained.sum() + 1) / (units.sum() + 1)  # without a pilot, every vote may change
+    shift = (gained.sum() - lost.sum()) / (units.sum() + 1)
+    # Images differ by about half of what changes; each one's own pilot counts as it can tell more than that.
+    spread = variance * change ** 2 / 4
+    own = spread * pilot / (spread * pilot + change)
+    shift = own * (gained - lost) / pilot.clamp(min=1) + (1 - own) * shift * variance
+    change = (lost + gained + 5 * change) / (units + 5)
+
+    def paired_variance(m: Tensor) -> Tensor:
+        """Variance of G - wF (see `paired_lower_bound`), with a margin for what m samples cannot rule out."""
+        w = 1 - m / rest
+        return ((1 - w) ** 2 + w * change[:, None]) * variance[:, None] + 1 / m
+
+    method, passes = PAIRED * right, (n_p - pilot) * right
+    if share_out:
+        sizes = torch.logspace(1, max(1.0, math.log10(rest)), 20).long().unique().double()
+        p = (p + shift).clamp(0.5 / (first + 1), 1 - 0.5 / (first + 1))
+        weight = 1 / (1 / (first + 1) + spread * (1 - own))
+        w = 1 - sizes / rest
+        effective = 1 / (w / rest + 1.2 * paired_variance(sizes) / (variance[:, None] * sizes))
+        zeta = upper_confidence_bound((change * variance).clamp(max=1)[:, None] * sizes, sizes, alpha_zeta)
+        total, size_of = alpha + alpha_zeta, torch.ones_like(effective)
+        gains = torch.stack([expected_radius(p, weight, size_of * sizes, total),
+                             expected_radius(p, weight, size_of * rest, alpha, zeta),
+                             expected_radius(p, weight, effective, total) * (sizes <= rest / 2)])
+        gain, method = gains.max(0)
+        method, passes = _share_out(gain * right[:, None], FRESH + method, sizes.long(), int(passes.sum()))
+        passes = torch.minimum(passes, torch.where(method == PAIRED, rest // 2, rest))
+        if not passes.any():  # too few for a certificate anywhere: plain sampling loses nothing
+            method, passes = FRESH * right, (n_p - pilot) * right
+    m = passes.clamp(min=1).double()[:, None]
+    return Plan(method, passes, pilot, (7 / (m * paired_variance(m))).sqrt().squeeze(1), first)
+
+
+def _lower_bounds(plan: Plan, old: Tensor, replayed: Tensor, fresh: Tensor, classes: Tensor, voted: bool,
+                  alpha: float, alpha_zeta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Lower bounds (B,) of P[f^P = class], or of P[f^P != class] unless `voted`; with zeta and difference."""
+    bound = torch.zeros(len(old), dtype=torch.float64)
+    zeta, difference = torch.full((2, len(old)), math.nan, dtype=torch.float64)
+    for method in plan.method.unique().tolist():
+        some = plan.method == method
+        m, c = plan.passes[some], classes[some, None]
+        new = fresh[some] if method == FRESH else replayed[some]
+        inside = torch.arange(new.shape[1]) < m[:, None]
+        after, before = inside & ((new == c) == voted), (old[some] == c) == voted
+        if method == FRESH:
+            bound[some] = lower_confidence_bound(after.sum(1), m, alpha + alpha_zeta)
+        elif method == PAPER:
+            changed = (inside & (new != old[some, :new.shape[1]])).sum(1)
+            zeta[some] = upper_confidence_bound(changed, m, alpha_zeta)
+            p_a = lower_confidence_bound(before.sum(1), old.shape[1], alpha)
+            bound[some] = (p_a - zeta[some]).clamp(min=0)
+        elif method == PAIRED:
+            votes, before = before.sum(1), before[:, :new.shape[1]]
+            both = (before & after).sum(1)
+            lost, gained = (before & inside).sum(1) - both, after.sum(1) - both
+            difference[some] = (gained - lost) / m.double()
+            bound[some] = paired_lower_bound(both, lost, gained, m, votes - both - lost, old.shape[1] - m,
+                                             alpha + alpha_zeta, plan.bet[some])
+    return bound, zeta, difference
+
+
+def _sampler(classifier: Classifier, cache: ReplayCache, images: Tensor, batch_size: int) -> Callable:
+    """sample(sizes, key, first): what f^P predicts for `sizes` (B,) samples from `first` on, (B, largest)."""
+    ids, sigma = [row.idx for row in cache.certificates], cache.certificates[0].sigma
+
+    def sample(sizes: Tensor, key: NoiseKey, first: int) -> Tensor:
+        return _predictions(classifier, images, ids, sizes, sigma, key, batch_size, first,
+                            int(sizes.max()), cache.predictions.dtype)
+
+    return sample
+
+
+def _incremental_rows(cache, method, passes, radius, zeta, difference) -> list[IncrementalCertificate]:
+    def number(value: float) -> Optional[float]:
+        return None if math.isnan(value) else value
+
+    columns = zip(*(part.tolist() for part in (method, passes, radius, zeta, difference)))
+    return [IncrementalCertificate(row.idx, row.label, row.selected if radius > 0 else ABSTAIN, radius,
+                                   int(radius > 0), METHODS[method], passes, number(zeta), number(difference))
+            for row, (method, passes, radius, zeta, difference) in zip(cache.certificates, columns)]
 
 
 def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tensor, n_p: int,
-                        alpha_zeta: float, gamma: float,
-                        batch_size: int = 100) -> list[IncrementalCertificate]:
-    """IRS (Ugare et al., Algorithm 2): certify the changed classifier f^P with n_p samples an image.
+                        alpha_zeta: float, gamma: float = 0.99, mode: str = "auto",
+                        both_sides: bool = False, batch_size: int = 100) -> list[IncrementalCertificate]:
+    """Certify a changed classifier f^P with n_p samples an image, on average, instead of n.
 
     images: (B, C, H, W), those the cache was made of. For each image, with probability at least 1 - (alpha +
-    alpha_zeta), g^P predicts `predict` within `radius`: p_A and zeta fail with probability at most alpha and
-    alpha_zeta, and if neither fails, P[f^P = c_A] >= p_A - zeta. Taken for granted, as published: that
-    choosing the branch by the cached p_A spoils no bound. Images whose cached class is wrong cost nothing
-    and count 0. Raises ValueError if n_p exceeds the cached samples.
+    alpha_zeta), g^P predicts `predict` within `radius`, for an f^P that was fixed without looking at this
+    noise: a search that compares many f^P on one cache scores them, and its winner needs a new certificate.
+    Images whose cached class is wrong cost nothing and count 0. both_sides gives Theorem 2.1's two-sided
+    radius, each side at half of every share of alpha; otherwise p_B = 1 - p_A.
+
+    off     n_p fresh samples, one bound at alpha + alpha_zeta
+    paper   IRS (Ugare et al., Algorithm 2). Where p_A < gamma: p_A - zeta, with zeta the bound of P[f != f^P]
+            on n_p replayed samples. p_A fails with probability alpha, zeta with alpha_zeta; by the union
+            bound they may share samples. Elsewhere as off
+    paired  `paired_lower_bound` on n_p replayed samples, a twentieth of them a pilot
+    auto    n_p passes for every image of right class, shared out by `plan_passes`, each by its best method
+
+    Why paired and auto hold: plan and pilot see the first tenth of the cached samples; the bounds see the
+    others and fresh noise, which do not depend on it. Given the plan, every image has one bound of one
+    size, fixed before its samples were seen, that fails with probability at most alpha + alpha_zeta.
+    What paper takes for granted: its branch looks at the p_A it then uses. Where the true p_A is below gamma
+    the promise holds, since taking the fresh branch is then itself a failure of p_A. Elsewhere p_A cannot
+    fail in the replayed branch, but the two branches together may, with alpha + 2 alpha_zeta (one-sided).
+    Raises ValueError for an unknown mode, and if n_p exceeds the cached samples (half of them if paired).
     """
-    rows = cache.certificates
-    sigma, alpha = rows[0].sigma, rows[0].alpha
-    if n_p > cache.predictions.shape[1]:
-        raise ValueError(f"n_p = {n_p} exceeds the {cache.predictions.shape[1]} cached samples an image")
-    ids = [row.idx for row in rows]
+    n = cache.predictions.shape[1]
+    sigma, alpha = cache.certificates[0].sigma, cache.certificates[0].alpha
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
+    if n_p > n or mode == "paired" and 2 * n_p > n:
+        raise ValueError(f"n_p = {n_p} exceeds {'half of ' * (mode == 'paired')}the {n} cached samples")
+    selected = torch.tensor([row.selected for row in cache.certificates])
+    right = selected == torch.tensor([row.label for row in cache.certificates])
+    sample = _sampler(classifier, cache, images, batch_size)
+    if mode in ("off", "paper"):
+        n_a = torch.tensor([row.n_a for row in cache.certificates])
+        replay = (lower_confidence_bound(n_a, n, alpha) < gamma) & (mode == "paper")
+        nothing = torch.zeros_like(n_a)
+        plan = Plan(torch.where(replay, PAPER, FRESH) * right, n_p * right, nothing, nothing.double(), 0)
+    else:
+        plan = plan_passes(cache, sample, selected, right, n_p, alpha, alpha_zeta, mode == "auto")
+    replayed = sample(plan.passes * (plan.method >= PAPER), cache.key, plan.first)
+    fresh = sample(plan.passes * (plan.method == FRESH), cache.key.derive("fresh"), 0)
+    votes = plan, cache.predictions[:, plan.first:], replayed, fresh
+
+    sides = 2 if both_sides else 1
+    p_lower, zeta, difference = _lower_bounds(*votes, selected, True, alpha / sides, alpha_zeta / sides)
+    p_upper = 1 - p_lower
+    if both_sides:  # the largest bound of any other class; -1 stands for the classes that nobody predicted
+        p_upper = torch.zeros_like(p_lower)
+        for other in [-1, *torch.cat([part.unique() for part in votes[1:]]).unique().tolist()]:
+            bound = 1 - _lower_bounds(*votes, torch.full_like(selected, other), False, alpha / sides,
+                                      alpha_zeta / sides)[0]
+            p_upper = torch.where(selected == other, p_upper, torch.maximum(p_upper, bound))
+    radius = torch.where(right, certified_radius(p_lower, sigma, p_upper), 0.0)
+    return _incremental_rows(cache, plan.method, plan.passes + plan.pilot, radius, zeta, difference)
+
+
+def estimate_radii(classifier: Classifier, cache: ReplayCache, images: Tensor, n_p: int,
+                   batch_size: int = 100) -> list[IncrementalCertificate]:
+    """For ranking candidates, no certificate: the radius that f^P would be given by n samples, estimated.
+
+    P[f^P = c_A] is estimated as f's share of votes among the cached samples plus the difference between f^P
+    and f on the first n_p of them: noise common to all candidates, which cancels where they are compared.
+    Arguments as in `certify_incremental`; sigma and alpha are the cache's.
+    """
+    rows, n = cache.certificates, cache.predictions.shape[1]
     selected = torch.tensor([row.selected for row in rows])
     right = selected == torch.tensor([row.label for row in rows])
-    p_lower = cache.p_lower
-    replayed = right & (p_lower < gamma)
-    fresh = right & ~replayed
-    p_new = torch.zeros(len(rows), dtype=torch.float64)  # lower bound of P[f^P(x + eps) = c_A]
-    zeta = torch.full((len(rows),), math.nan, dtype=torch.float64)
-
-    if replayed.any():
-        new = _predictions(classifier, images, ids, replayed, n_p, sigma, cache.key, batch_size)
-        n_delta = (new != cache.predictions[replayed, :n_p]).sum(1)
-        zeta[replayed] = torch.as_tensor(upper_confidence_bound(n_delta, n_p, alpha_zeta))
-        p_new[replayed] = p_lower[replayed] - zeta[replayed]
-    if fresh.any():
-        new = _predictions(classifier, images, ids, fresh, n_p, sigma, cache.key.derive("fresh"), batch_size)
-        n_a = (new == selected[fresh][:, None]).sum(1)
-        p_new[fresh] = torch.as_tensor(lower_confidence_bound(n_a, n_p, alpha + alpha_zeta))
-
-    radius = certified_radius(p_new.clamp(min=0), sigma)
-    return [IncrementalCertificate(row.idx, row.label, row.selected if p > 0.5 else ABSTAIN, float(r),
-                                   int(p > 0.5), None if math.isnan(z) else z)
-            for row, p, r, z in zip(rows, p_new.tolist(), radius, zeta.tolist())]
-
-
-def _predictions(classifier, images, ids, mask, n, sigma, key, batch_size) -> Tensor:
-    """Predicted classes (mask.sum(), n) of the masked images' first n noisy copies."""
-    chosen = mask.nonzero().squeeze(1)
-    stream = noisy_predictions(classifier, images[chosen.to(images.device)],
-                               [ids[i] for i in chosen.tolist()], [n] * len(chosen), sigma, key, batch_size)
-    return torch.cat([classes for _, classes in stream]).view(-1, n)
+    replayed = _sampler(classifier, cache, images, batch_size)(n_p * right, cache.key, 0)
+    after, before = (part[:, :n_p] == selected[:, None] for part in (replayed, cache.predictions))
+    difference = (after.sum(1) - before.sum(1)) / n_p
+    votes = torch.tensor([row.n_a for row in rows]) + n * difference.double()
+    p_lower = lower_confidence_bound(votes.clamp(0, n), n, rows[0].alpha)
+    radius = torch.where(right, certified_radius(p_lower, rows[0].sigma), 0.0)
+    return _incremental_rows(cache, ESTIMATE * right, n_p * right, radius, torch.full_like(radius, math.nan),
+                             difference)
 
 
 # ---- aggregates and files ----
