@@ -23,11 +23,10 @@ import math
 import os
 import sys
 import time
-import typing
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Iterator, Optional
 
 import torch
 import torchvision
@@ -53,58 +52,17 @@ class InputError(Exception):
 
 # ---- options ----
 
-def option(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass
-class Config:
-    """Every option, from which the command line is made; None is filled in per dataset (DEFAULTS)."""
-    dataset: Optional[str] = option(None, "shapes (drawn by the program), cifar10, imagenet or folder (your "
-                                    "own); default: shapes, or what the network of --evaluate was made for")
-    data: str = option("data", "where the images are, or where CIFAR-10 is downloaded to")
-    arch: Optional[str] = option(None, "resnet8/20/32/44/56/110 (CIFAR), resnet18, resnet50 or mobilenet_v2")
-    checkpoint: Optional[str] = option(None, "float base classifier, trained with noise; else one is trained")
-    mean: Optional[str] = option(None, "normalisation of the network, three numbers such as 0.5,0.5,0.5")
-    std: Optional[str] = option(None, "likewise")
-    sigma: Optional[float] = option(None, "standard deviation of the noise, in [0, 1] pixels; default: 0.25, "
-                                    "or what the network of --evaluate was made for")
-    budget: float = option(0.015, "BitOPs allowed, as a fraction of the float network's")
-    size_budget: Optional[float] = option(None, "weight bits allowed, as a fraction of the float network's")
-    epochs: Optional[int] = option(None, "training epochs of the base classifier")
-    episodes: Optional[int] = option(None, "search episodes, one policy each")
-    episode_steps: Optional[int] = option(None, "fine-tuning steps of each policy before it is certified")
-    finetune_epochs: Optional[float] = option(None, "fine-tuning epochs of the best policy, such as 2.5")
-    search_images: Optional[int] = option(None, "training images held out for the search")
-    search_n: Optional[int] = option(None, "samples per search image of the base classifier's certificate")
-    n_p: Optional[int] = option(None, "samples per search image of a policy's incremental certificate")
-    images: Optional[int] = option(None, "test images of the final certificates, evenly spaced over the set")
-    n0: int = option(100, "samples that select the class")
-    n: Optional[int] = option(None, "samples that bound its probability")
-    alpha: float = option(0.001, "probability that one image's certificate is wrong")
-    alpha_zeta: float = option(0.001, "the same for the disparity in the incremental certificate")
-    gamma: Optional[float] = option(None, "cached p_A from which IRS draws fresh samples")
-    image_size: Optional[int] = option(None, "side of the images the network sees")
-    batch_size: int = option(128, "training batch")
-    eval_batch: Optional[int] = option(None, "samples per forward pass when certifying")
-    seed: int = option(0, "seed of training, search and noise")
-    device: str = option("auto", "auto, cuda, mps or cpu")
-    out: Optional[str] = option(None, "run folder (default: named after the options, under runs/)")
-    evaluate: Optional[str] = option(None, "certify this saved network on the test images, and stop")
-
-
 # The paper-sized runs: 600 episodes are HAQ's; n_p is a tenth of the cached samples; 500 test images resolve
-# an ACR to about 0.015, and n = 10,000 caps a radius at 3.2 sigma. `shapes` is sized for minutes on two
-# cores.
-PAPER_SIZED = dict(epochs=90, episodes=600, episode_steps=20, search_images=500, search_n=10000, n_p=1000,
-                   images=500, n=10000, gamma=0.99)
+# an ACR to about 0.015, and n = 10,000 caps a radius at 3.2 sigma. `shapes` is sized for two cores' minutes.
+PAPER_SIZED = dict(arch="resnet20", image_size=32, epochs=90, episodes=600, episode_steps=20,
+                   finetune_epochs=30.0, search_images=500, search_n=10000, n_p=1000, images=500, n=10000,
+                   gamma=0.99)
 DEFAULTS = {
     "shapes": dict(arch="resnet8", image_size=32, epochs=6, episodes=24, episode_steps=8, finetune_epochs=3.0,
                    search_images=100, search_n=500, n_p=100, images=100, n=1000, gamma=0.99),
-    "cifar10": dict(PAPER_SIZED, arch="resnet20", image_size=32, finetune_epochs=30.0),
-    "folder": dict(PAPER_SIZED, arch="resnet20", image_size=32, finetune_epochs=30.0),
-    "imagenet": {**PAPER_SIZED, "arch": "resnet50", "image_size": 224, "finetune_epochs": 10.0,
-                 "gamma": 0.995},
+    "cifar10": PAPER_SIZED,
+    "folder": PAPER_SIZED,
+    "imagenet": dict(PAPER_SIZED, arch="resnet50", image_size=224, finetune_epochs=10.0, gamma=0.995),
 }
 PLACE_OPTIONS = ("out", "data", "eval_batch")  # where and how fast, not what: a run may change them
 BASE_OPTIONS = ("dataset", "arch", "mean", "std", "sigma", "epochs", "seed", "image_size", "batch_size",
@@ -112,6 +70,56 @@ BASE_OPTIONS = ("dataset", "arch", "mean", "std", "sigma", "epochs", "seed", "im
 UPPER = dict(sigma=math.inf, budget=1, size_budget=1, alpha=1, alpha_zeta=1, gamma=1)
 LOWEST = dict(epochs=1, episodes=1, episode_steps=0, finetune_epochs=0, search_images=1, search_n=1, n_p=1,
               images=1, n0=1, n=1, image_size=8, batch_size=2, eval_batch=1, seed=0)
+
+
+def three_numbers(text: str) -> list[float]:
+    try:
+        red, green, blue = text.split(",")
+        return [float(red), float(green), float(blue)]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"takes three numbers such as 0.5,0.5,0.5, not {text!r}") from None
+
+
+def option(default, text: str, **parser_options):
+    shown = "" if default is None else f" (default: {default})"
+    return field(default=default, metadata={"help": text + shown, **parser_options})
+
+
+@dataclass
+class Config:
+    """Every option, from which the command line is made; None is filled in per dataset (DEFAULTS)."""
+    dataset: str = option(None, "shapes (drawn by the program), cifar10, imagenet or folder (your own); "
+                          "default: shapes, or what the network of --evaluate was made for", choices=DEFAULTS)
+    data: str = option("data", "where the images are, or where CIFAR-10 is downloaded to")
+    arch: str = option(None, "resnet8/20/32/44/56/110 (CIFAR), resnet18, resnet50 or mobilenet_v2",
+                       choices=(*models.CIFAR_RESNETS, *models.TORCHVISION_NETS))
+    checkpoint: str = option(None, "float base classifier, trained with noise; else one is trained")
+    mean: list = option(None, "normalisation of the network, such as 0.5,0.5,0.5", type=three_numbers)
+    std: list = option(None, "likewise", type=three_numbers)
+    sigma: float = option(None, "standard deviation of the noise, in [0, 1] pixels; default: 0.25, or what "
+                          "the network of --evaluate was made for")
+    budget: float = option(0.015, "BitOPs allowed, as a fraction of the float network's")
+    size_budget: float = option(None, "weight bits allowed, as a fraction of the float network's")
+    epochs: int = option(None, "training epochs of the base classifier")
+    episodes: int = option(None, "search episodes, one policy each")
+    episode_steps: int = option(None, "fine-tuning steps of each policy before it is certified")
+    finetune_epochs: float = option(None, "fine-tuning epochs of the best policy, such as 2.5")
+    search_images: int = option(None, "training images held out for the search")
+    search_n: int = option(None, "samples per search image of the base classifier's certificate")
+    n_p: int = option(None, "samples per search image of a policy's incremental certificate")
+    images: int = option(None, "test images of the final certificates, evenly spaced over the set")
+    n0: int = option(100, "samples that select the class")
+    n: int = option(None, "samples that bound its probability")
+    alpha: float = option(0.001, "probability that one image's certificate is wrong")
+    alpha_zeta: float = option(0.001, "the same for the disparity in the incremental certificate")
+    gamma: float = option(None, "cached p_A from which IRS draws fresh samples")
+    image_size: int = option(None, "side of the images the network sees")
+    batch_size: int = option(128, "training batch")
+    eval_batch: int = option(None, "samples per forward pass when certifying")
+    seed: int = option(0, "seed of training, search and noise")
+    device: str = option("auto", "auto, cuda, mps or cpu", choices=("auto", "cuda", "mps", "cpu"))
+    out: str = option(None, "run folder (default: named after the options, under runs/)")
+    evaluate: str = option(None, "certify this saved network on the test images, and stop")
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -125,10 +133,8 @@ def parse_config(argv=None) -> Config:
                            epilog="Defaults not shown depend on the dataset; see DEFAULTS in arq.py.",
                            allow_abbrev=False)
     for f in dataclasses.fields(Config):
-        kind = typing.get_args(f.type)[0] if typing.get_args(f.type) else f.type  # Optional[int] -> int
-        shown = "" if f.default is None else f" (default: {f.default})"
-        parser.add_argument(flag(f.name), type=kind, default=f.default, metavar=kind.__name__.upper(),
-                            help=f.metadata["help"] + shown)
+        settings = {"type": f.type, "metavar": f.type.__name__.upper(), **f.metadata}
+        parser.add_argument(flag(f.name), default=f.default, **settings)
     return complete_config(Config(**vars(parser.parse_args(argv))))
 
 
@@ -147,11 +153,9 @@ def complete_config(config: Config) -> Config:
         if name in saved and getattr(config, name) not in (None, saved[name]):
             raise InputError(f"--evaluate {config.evaluate} has {flag(name)} {saved[name]}; omit it")
     config.dataset = config.dataset or saved.get("dataset", "shapes")
-    refuse_unknown("dataset", config.dataset, DEFAULTS)
     for name, value in {**DEFAULTS[config.dataset], "sigma": 0.25, **saved}.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
-    refuse_unknown("arch", config.arch, (*models.CIFAR_RESNETS, *models.TORCHVISION_NETS))
     config.device = pick_device(config.device)
     if config.eval_batch is None:  # small batches stay in a CPU's cache; a GPU wants large ones
         samples = 100 if config.device == "cpu" else 2000
@@ -160,8 +164,7 @@ def complete_config(config: Config) -> Config:
     for name, upper in UPPER.items():
         value = getattr(config, name)
         if value is not None and not 0 < value < upper:
-            below = "" if upper == math.inf else f" and below {upper}"
-            raise InputError(f"{flag(name)} must be a number above 0{below}, not {value}")
+            raise InputError(f"{flag(name)} must be above 0 and below {upper}, not {value}")
     for name, lowest in LOWEST.items():
         value = getattr(config, name)
         if not lowest <= value < 2 ** 31:
@@ -172,69 +175,41 @@ def complete_config(config: Config) -> Config:
         n, alpha = getattr(config, name), config.alpha + (config.alpha_zeta if name == "n_p" else 0)
         if not certify.can_certify(n, alpha):
             needed = math.floor(math.log(alpha) / math.log(0.5)) + 1
-            raise InputError(f"{flag(name)} {n} can never certify at alpha = {alpha:g}: if all agree, the "
-                             f"bound stays at or below 1/2; give at least {needed}")
+            raise InputError(f"{flag(name)} {n} never certifies at alpha = {alpha:g}; give at least {needed}")
     if config.n_p > config.search_n:
         raise InputError(f"--n-p {config.n_p} exceeds --search-n {config.search_n}, the samples it replays")
-    for name in ("mean", "std"):
-        text = getattr(config, name)
-        try:
-            if text is not None and len(numbers(text)) != 3:
-                raise ValueError
-        except ValueError:
-            raise InputError(f"{flag(name)} takes three numbers, such as 0.5,0.5,0.5, not {text!r}") from None
     if config.out is None:
         source = f"budget{config.budget:g}"
         if config.evaluate:
             source = f"evaluate-{Path(config.evaluate).resolve().parent.name}-{Path(config.evaluate).stem}"
-        name = f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-{source}-seed{config.seed}"
-        config.out = str(Path("runs") / name)
+        config.out = f"runs/{config.dataset}-{config.arch}-sigma{config.sigma:g}-{source}-seed{config.seed}"
     return config
-
-
-def refuse_unknown(name: str, value: str, known) -> None:
-    if value not in known:
-        raise InputError(f"unknown {flag(name)} {value!r}; there are {', '.join(known)}")
 
 
 def pick_device(name: str) -> str:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return next(device for device, there in available.items() if there)
-    refuse_unknown("device", name, ("auto", *available))
     if not available[name]:
         raise InputError(f"--device {name} is not available on this machine; use --device auto")
     return name
 
 
-def numbers(text: Optional[str]) -> Optional[tuple[float, ...]]:
-    return None if text is None else tuple(float(part) for part in text.split(","))
-
-
 # ---- progress and files ----
 
-class Progress:
-    """One line, rewritten in place, with rate and time left; silent when stderr is not a terminal."""
-
-    def __init__(self, label: str, total: int, unit: str, done: int = 0):
-        self.label, self.total, self.unit = label, total, unit
-        self.done = self.first = done
-        self.start, self.shown = time.monotonic(), 0.0
-        self.on = bool(label) and sys.stderr.isatty()
-
-    def add(self, amount: int) -> None:
-        self.done += amount
-        now = time.monotonic()
-        if self.on and (now - self.shown > 0.2 or self.done >= self.total):
-            self.shown = now
-            rate = (self.done - self.first) / max(now - self.start, 1e-9)
-            left = duration((self.total - self.done) / max(rate, 1e-9))
-            print(f"\r  {self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g}/s, {left} left   ",
-                  end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.on:
-            print("\r" + " " * 100 + "\r", end="", file=sys.stderr, flush=True)
+def progress(label: str, unit: str, done: int, total: int, block: int = 1) -> Iterator[int]:
+    """Count from `done` to `total` in blocks. On a terminal, one line shows rate and time left meanwhile."""
+    start, shown = time.monotonic(), 0.0
+    on_terminal = bool(label) and sys.stderr.isatty()
+    for first in range(done, total, block):
+        yield first
+        now, reached = time.monotonic(), min(first + block, total)
+        if on_terminal and now - shown > 0.2:
+            shown, rate = now, (reached - done) / max(now - start, 1e-9)
+            print(f"\r  {label}: {reached}/{total} {unit}, {rate:.3g}/s, "
+                  f"{duration((total - reached) / rate)} left   ", end="", file=sys.stderr, flush=True)
+    if on_terminal:
+        print("\r" + " " * 100 + "\r", end="", file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:
@@ -243,23 +218,14 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Complete or not at all: write to a file beside it, then take its place."""
+def write_whole(path: Path, value) -> None:
+    """A JSON or torch file, complete or not at all: written beside its place, which it then takes."""
     part = path.with_name(path.name + ".part")
-    write(part)
+    if path.suffix == ".json":
+        part.write_text(json.dumps(value, indent=1) + "\n")
+    else:
+        torch.save(value, part)
     os.replace(part, path)
-
-
-def write_json(path: Path, value) -> None:
-    write_whole(path, lambda part: part.write_text(json.dumps(value, indent=1) + "\n"))
-
-
-def save_state(value, path: Path) -> None:
-    write_whole(path, lambda part: torch.save(value, part))
-
-
-def load_state(path: Path):
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 # ---- images ----
@@ -295,8 +261,7 @@ class ImageSet:
 
 
 def read_image(path: Path, size: int) -> Tensor:
-    """An RGB image as uint8 (3, size, size): its shorter side resized, its centre cropped. Raises
-    InputError."""
+    """An RGB image as uint8 (3, size, size): shorter side resized, centre cropped. Raises InputError."""
     try:
         image = TF.pil_to_tensor(torchvision.datasets.folder.default_loader(str(path)))
     except Exception as error:  # decoders raise many kinds for broken files
@@ -317,50 +282,44 @@ def load_folder(root: Path, size: int) -> ImageSet:
     labels, paths = [label for label, _ in found], [path for _, path in found]
     images = ImageSet(labels, classes, paths=paths, size=size)
     if len(paths) * 3 * size * size <= IN_MEMORY_BYTES:
-        progress = Progress(f"reading {root}", len(paths), "images")
         images.pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
         with ThreadPoolExecutor() as pool:
-            for i, image in enumerate(pool.map(lambda path: read_image(path, size), paths)):
+            pixels = pool.map(lambda path: read_image(path, size), paths)
+            for i, image in zip(progress(f"reading {root}", "images", 0, len(paths)), pixels):
                 images.pixels[i] = image
-                progress.add(1)
-        progress.close()
     return images
 
 
 def load_split(config: Config, train: bool) -> ImageSet:
-    """The training or the test set. Raises InputError where it is missing."""
+    """The training or the test set. Raises InputError where it is missing or too small for the options."""
     root = Path(config.data)
     name = "train" if train else "test" if (root / "test").is_dir() else "val"
     if config.dataset == "shapes":
-        return draw_shapes(8000 if train else 1000, seed=0 if train else 1, size=config.image_size)
-    if (root / name).is_dir():
-        return load_folder(root / name, config.image_size)
-    if config.dataset == "cifar10":
-        return load_cifar10(config, train)
-    raise InputError(f"--data {root}: expected an image tree, {root}/train/<class>/* and "
-                     f"{root}/test/<class>/* (or val/)")
+        images = draw_shapes(8000 if train else 1000, seed=0 if train else 1, size=config.image_size)
+    elif (root / name).is_dir():
+        images = load_folder(root / name, config.image_size)
+    elif config.dataset == "cifar10":
+        images = load_cifar10(config, train)
+    else:
+        raise InputError(f"--data {root}: expected an image tree, {root}/train/<class>/* and "
+                         f"{root}/test/<class>/* (or val/)")
+    if len(images.classes) < 2:
+        raise InputError(f"--data {root}: at least two classes are needed, there is one folder")
+    if not train and config.images > len(images):
+        raise InputError(f"--images {config.images}: the test set has only {len(images)} images")
+    if train and config.search_images + config.batch_size > len(images):
+        raise InputError(f"--search-images {config.search_images} leaves less than one --batch-size of "
+                         f"{config.batch_size}: there are {len(images)} training images")
+    return images
 
 
 def load_images(config: Config) -> tuple[ImageSet, ImageSet]:
-    """The training and the test set. Raises InputError where they are too small for the options."""
-    test_images = load_split(config, False)
-    refuse_too_many(config, test_images)
-    train_images = load_split(config, True)
+    """The training and the test set, of the same classes. Raises InputError as load_split does."""
+    test_images, train_images = load_split(config, False), load_split(config, True)
     if train_images.classes != test_images.classes:
         differ = sorted(set(train_images.classes) ^ set(test_images.classes))
         raise InputError(f"--data {config.data}: the class {differ[0]!r} is only in training or only in test")
-    left = len(train_images) - config.search_images
-    if left < config.batch_size:
-        raise InputError(f"--search-images {config.search_images} leaves {max(left, 0)} training images, "
-                         f"less than one --batch-size of {config.batch_size}")
     return train_images, test_images
-
-
-def refuse_too_many(config: Config, test_images: ImageSet) -> None:
-    if config.images > len(test_images):
-        raise InputError(f"--images {config.images}: the test set has only {len(test_images)} images")
-    if len(test_images.classes) < 2:
-        raise InputError(f"--data {config.data}: at least two classes are needed, there is one folder")
 
 
 def load_cifar10(config: Config, train: bool) -> ImageSet:
@@ -369,9 +328,9 @@ def load_cifar10(config: Config, train: bool) -> ImageSet:
         present = (Path(root) / "cifar-10-batches-py").is_dir()
         data = torchvision.datasets.CIFAR10(root, train=train, download=not present)
     except Exception:  # network and file errors of many kinds, one remedy
-        raise InputError(f"no CIFAR-10 in --data {root}, and it could not be downloaded; unpack "
-                         f"https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz into {root}, or put an "
-                         f"image tree there ({root}/train/<class>/*, {root}/test/<class>/*)") from None
+        source = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+        raise InputError(f"no CIFAR-10 in --data {root}, and it could not be downloaded; unpack {source} "
+                         f"there, or put an image tree there (train/<class>/*, test/<class>/*)") from None
     order = sorted(range(len(data)), key=lambda i: data.targets[i])
     pixels = torch.from_numpy(data.data[order]).permute(0, 3, 1, 2).contiguous()
     if config.image_size != 32:
@@ -380,25 +339,21 @@ def load_cifar10(config: Config, train: bool) -> ImageSet:
 
 
 SHAPES = {  # what is inside each shape, from coordinates u, v that are within [-1, 1] in its bounding box
-    "bars across": lambda u, v: inside_box(u, v, 1) & stripes(v),
-    "bars upright": lambda u, v: inside_box(u, v, 1) & stripes(u),
-    "checkers": lambda u, v: inside_box(u, v, 1) & (stripes(u) ^ stripes(v)),
+    "bars across": lambda u, v: (box(u, v) < 1) & ((7 * v).sin() > 0),
+    "bars upright": lambda u, v: (box(u, v) < 1) & ((7 * u).sin() > 0),
+    "checkers": lambda u, v: (box(u, v) < 1) & (((7 * u).sin() > 0) ^ ((7 * v).sin() > 0)),
     "cross": lambda u, v: (u.hypot(v) < 1.1) & (torch.minimum((u + v).abs(), (u - v).abs()) < 0.42),
     "disk": lambda u, v: u.hypot(v) < 1,
-    "frame": lambda u, v: inside_box(u, v, 0.95) & ~inside_box(u, v, 0.55),
-    "plus": lambda u, v: inside_box(u, v, 1) & (torch.minimum(u.abs(), v.abs()) < 0.3),
+    "frame": lambda u, v: (box(u, v) < 0.95) & (box(u, v) >= 0.55),
+    "plus": lambda u, v: (box(u, v) < 1) & (torch.minimum(u.abs(), v.abs()) < 0.3),
     "ring": lambda u, v: (u.hypot(v) < 1) & (u.hypot(v) > 0.6),
-    "square": lambda u, v: inside_box(u, v, 0.85),
+    "square": lambda u, v: box(u, v) < 0.85,
     "triangle": lambda u, v: (v < 0.8) & (v > 2 * u.abs() - 1),
 }
 
 
-def inside_box(u: Tensor, v: Tensor, half: float) -> Tensor:
-    return torch.maximum(u.abs(), v.abs()) < half
-
-
-def stripes(w: Tensor) -> Tensor:
-    return (7 * w).sin() > 0
+def box(u: Tensor, v: Tensor) -> Tensor:
+    return torch.maximum(u.abs(), v.abs())
 
 
 def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
@@ -439,10 +394,9 @@ def augment(images: Tensor) -> Tensor:
     top, left = torch.randint(2 * pad + 1, (2, count, 1))
     rows, columns = top + torch.arange(height), left + torch.arange(width)
     columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
-    image, rows, columns = (index.to(images.device) for index in (torch.arange(count)[:, None, None],
-                                                                  rows[:, :, None], columns[:, None, :]))
+    image = torch.arange(count)[:, None, None]
     padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)                                  # B, H, W, C
-    return padded[image, rows, columns].permute(0, 3, 1, 2)
+    return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 # ---- training ----
@@ -463,13 +417,12 @@ def train(classifier: nn.Module, images: ImageSet, indices: list[int], config: C
     labels, indices, first = torch.tensor(images.labels), torch.tensor(indices), 0
     epoch = len(indices) // config.batch_size
     if state_path is not None and state_path.exists():
-        saved = load_state(state_path)
+        saved = torch.load(state_path, map_location="cpu", weights_only=True)
         classifier.load_state_dict(saved["classifier"])
         optimizer.load_state_dict(saved["optimizer"])
         first = saved["step"]
-    progress = Progress(purpose if state_path else "", steps, "batches", first)
     classifier.train()
-    for step in range(first, steps):
+    for step in progress(purpose if state_path else "", "batches", first, steps):
         if step % epoch == 0:
             torch.manual_seed(seed + step // epoch)
             batches = indices[torch.randperm(len(indices))].split(config.batch_size)
@@ -484,14 +437,11 @@ def train(classifier: nn.Module, images: ImageSet, indices: list[int], config: C
         loss.backward()
         optimizer.step()
         models.keep_steps_positive(classifier)
-        progress.add(1)
         if state_path is not None and ((step + 1) % epoch == 0 or step + 1 == steps):
             if not torch.isfinite(loss):
                 raise InputError(f"{purpose}: the loss is {loss:g} at step {step + 1}; try another --seed")
-            if (step + 1) % epoch == 0:
-                save_state({"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
-                            "step": step + 1}, state_path)
-    progress.close()
+            write_whole(state_path, {"classifier": classifier.state_dict(),
+                                     "optimizer": optimizer.state_dict(), "step": step + 1})
     classifier.eval()
 
 
@@ -501,11 +451,12 @@ class BitWidthEnvironment:
     """An episode walks the layers; each takes two actions, one for its weights, one for its input (HAQ, 3.2).
 
     A state (10,) holds, in [0, 1]: index, c_in, c_out, kernel, stride, input map size, number of weights,
-    depthwise flag, weight-or-input flag, previous action. The first and last layer keep 8 bits and are
-    passed.
+    depthwise flag, weight-or-input flag, previous action. First and last layer keep 8 bits, unvisited.
+    Raises ValueError if no policy fits the budgets.
     """
 
     def __init__(self, table: list[Layer], budget: float, size_budget: Optional[float] = None):
+        models.enforce_budget(table, models.uniform_policy(table, models.MIN_BITS), budget, size_budget)
         self.table, self.budget, self.size_budget = table, budget, size_budget
         self.steps = [(layer, kind) for layer in table[1:-1] for kind in (0, 1)]
         rows = [[i // 2, layer.c_in, layer.c_out, layer.kernel, layer.stride, layer.map_size, layer.weights,
@@ -539,14 +490,13 @@ def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float]
     """Algorithm 1 after the base certificate: the agent's episodes, and the best one's record.
 
     evaluate(policy) is the ACR of g^P on the search images; reward = (ACR(g^P) - ACR(g)) / ACR(g). Each
-    episode ends with its line in search.jsonl and the agent in search_state.pt; a later call continues after
-    the last.
+    episode ends with its line in search.jsonl and the agent in search_state.pt, where a later call continues.
     """
     warmup = min(20, max(1, episodes // 3))
     agent = DDPG(environment.state_size, seed, DDPGConfig(episodes=episodes, warmup_episodes=warmup))
     log, state_path, records = out / "search.jsonl", out / "search_state.pt", []
     if state_path.exists():
-        saved = load_state(state_path)
+        saved = torch.load(state_path, map_location="cpu", weights_only=True)
         agent.load_state_dict(saved["agent"])
         records = saved["records"]
     log.write_text("".join(json.dumps(record) + "\n" for record in records))
@@ -563,7 +513,7 @@ def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float]
                         "seconds": round(time.monotonic() - began, 3), "policy": policy})
         with log.open("a") as file:
             file.write(json.dumps(records[-1]) + "\n")
-        save_state({"agent": agent.state_dict(), "records": records}, state_path)
+        write_whole(state_path, {"agent": agent.state_dict(), "records": records})
         best = max(record["acr"] for record in records)
         left = (time.monotonic() - start) / (episode + 1 - first) * (episodes - episode - 1)
         print(f"  episode {episode + 1:>3}/{episodes}  ACR {down(acr)}  reward {reward:+.4f}  "
@@ -583,24 +533,21 @@ def base_path(config: Config, images: ImageSet) -> Path:
 
 def build_base(config: Config, num_classes: int, path: Path) -> Classifier:
     """The float base classifier: --checkpoint, one trained earlier at `path`, or a new one to be trained."""
+    mean, std = config.mean, config.std
     if config.checkpoint is not None:
-        return prepare(read_float(config.checkpoint, config, num_classes), config)
+        try:
+            base = models.load_base_checkpoint(config.checkpoint, config.arch, num_classes, mean, std)
+        except ValueError as error:
+            raise InputError(str(error)) from None
+        return prepare(base, config)
     small = config.image_size <= 64
-    mean = numbers(config.mean) or (models.CIFAR10_MEAN if small else models.IMAGENET_MEAN)
-    std = numbers(config.std) or (models.CIFAR10_STD if small else models.IMAGENET_STD)
+    mean = mean or (models.CIFAR10_MEAN if small else models.IMAGENET_MEAN)
+    std = std or (models.CIFAR10_STD if small else models.IMAGENET_STD)
     torch.manual_seed(config.seed)
     base = prepare(models.build_classifier(config.arch, num_classes, mean, std), config)
     if path.exists():
-        base.load_state_dict(load_state(path))
+        base.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     return base
-
-
-def read_float(path: str, config: Config, num_classes: int) -> Classifier:
-    mean, std = numbers(config.mean), numbers(config.std)
-    try:
-        return models.load_base_checkpoint(path, config.arch, num_classes, mean, std)
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def prepare(classifier: Classifier, config: Config) -> Classifier:
@@ -614,7 +561,7 @@ def train_base(classifier: Classifier, images: ImageSet, indices: list[int], con
     state_path = path.with_suffix(".state")
     steps = config.epochs * (len(indices) // config.batch_size)
     train(classifier, images, indices, config, steps, BASE_LR, BASE_DECAY, "base", state_path)
-    save_state(classifier.state_dict(), path)
+    write_whole(path, classifier.state_dict())
     state_path.unlink(missing_ok=True)
 
 
@@ -623,20 +570,17 @@ def certify_and_keep(classifier: Classifier, images: Tensor, labels: list[int], 
     """FullRobustCertify(f) on the search images, kept image by image for an interrupted run."""
     rows, predictions, key = [], [], NoiseKey(config.seed, "search")
     if path.exists():
-        saved = load_state(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         rows, predictions = [certify.Certificate(**row) for row in saved["rows"]], saved["predictions"]
-    progress = Progress("certifying", len(ids), "images", len(rows))
     block = max(1, 10_000 // config.search_n)
-    for first in range(len(rows), len(ids), block):
+    for first in progress("certifying", "images", len(rows), len(ids), block):
         part = slice(first, first + block)
         cache = certify.certify_and_cache(classifier, images[part], labels[part], ids[part], num_classes,
                                           config.sigma, config.n0, config.search_n, config.alpha, key,
                                           config.eval_batch)
         rows += cache.certificates
         predictions.append(cache.predictions)
-        save_state({"rows": [vars(row) for row in rows], "predictions": predictions}, path)
-        progress.add(len(cache.certificates))
-    progress.close()
+        write_whole(path, {"rows": [vars(row) for row in rows], "predictions": predictions})
     return certify.ReplayCache(rows, torch.cat(predictions), certify.estimate_key(key, config.search_n))
 
 
@@ -665,28 +609,23 @@ def certify_images(classifier: Classifier, images: ImageSet, config: Config, pat
                    purpose: str) -> list[certify.Certificate]:
     """The final certificate on test images, one flushed row an image; rows already in the file are kept."""
     indices = evenly_spaced(config.images, len(images))
+    key = NoiseKey(config.seed, purpose)
+    path.touch()
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a last row that was cut off
     try:
-        done = certify.read_certificates(path) if path.exists() and path.stat().st_size else []
+        done = certify.read_certificates(path) if path.stat().st_size else []
     except ValueError as error:
         raise InputError(f"{error}; remove it to certify anew") from None
-    def keep(part: Path) -> None:  # the whole rows, without a last one that was cut off
-        with part.open("w") as file:
-            certify.write_certificates(file, done)
-
-    write_whole(path, keep)
     block = max(1, 4 * config.eval_batch // config.n)
-    progress = Progress("certifying", len(indices), "images", len(done))
     with path.open("a") as file:
-        for first in range(len(done), len(indices), block):
+        for first in progress("certifying", "images", len(done), len(indices), block):
             ids = indices[first:first + block]
             labels = [images.labels[i] for i in ids]
             rows = certify.certify(classifier, images.batch(ids, config.device), labels, ids,
-                                   len(images.classes), config.sigma, config.n0, config.n, config.alpha,
-                                   NoiseKey(config.seed, purpose), config.eval_batch)
+                                   len(images.classes), config.sigma, config.n0, config.n, config.alpha, key,
+                                   config.eval_batch)
             certify.write_certificates(file, rows)
             done += rows
-            progress.add(len(rows))
-    progress.close()
     return done
 
 
@@ -708,49 +647,47 @@ class Stages:
         try:
             return work(*arguments)
         finally:
-            old = self.records.get(name, {"seconds": 0.0, "forward_passes": 0})
-            self.records[name] = {"seconds": round(old["seconds"] + time.monotonic() - start, 2),
-                                  "forward_passes": old["forward_passes"] + self.passes - passes}
-            write_json(self.path, self.records)
+            record = self.records.setdefault(name, {"seconds": 0.0, "forward_passes": 0})
+            record["seconds"] = round(record["seconds"] + time.monotonic() - start, 2)
+            record["forward_passes"] += self.passes - passes
+            write_whole(self.path, self.records)
 
 
-def print_expected_times(base: Classifier, classifier: Classifier, table: list[Layer], images: ImageSet,
-                         ids: list[int], config: Config, trained: bool) -> None:
-    """What each stage should take, from about a second's measurement of copies of both networks."""
-    base, quantized = copy.deepcopy(base), copy.deepcopy(classifier)
+def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], config: Config,
+                         trained: bool) -> None:
+    """What each stage should take, from about a second's measurement of copies of the networks."""
+    quantized = copy.deepcopy(base)
+    table = models.quantize_model(quantized, config.image_size)
     models.set_policy(quantized, models.uniform_policy(table, 4))
-    x = images.batch(ids[:1], config.device).expand(config.eval_batch, -1, -1, -1)
+    certifying = (images.batch(ids[:1], config.device), [0], config.eval_batch, len(images.classes),
+                  config.sigma, NoiseKey(0, "timing"), config.eval_batch)
+    training = (images, ids[:config.batch_size], config, 1, 0.0, 0.0, "timing")
 
-    def forward(network) -> int:
-        with torch.inference_mode():
-            network(x).argmax(1).cpu()
-        return len(x)
-
-    def step(network) -> int:
-        train(network, images, ids[:config.batch_size], config, 1, 0.0, 0.0, "timing")
-        return config.batch_size
-
-    def rate(work: Callable, network) -> float:
-        work(network)  # the first call pays for warming up
-        start, done = time.monotonic(), 0
+    def rate(count: int, work: Callable, *arguments) -> float:
+        """Images a second, where one call takes `count` of them."""
+        work(*arguments)  # the first call pays for warming up
+        start, calls = time.monotonic(), 0
         while time.monotonic() - start < 0.25:
-            done += work(network)
-        return done / (time.monotonic() - start)
+            work(*arguments)
+            calls += 1
+        return calls * count / (time.monotonic() - start)
 
-    forward_float, forward_quantized = rate(forward, base), rate(forward, quantized)
-    step_quantized = rate(step, quantized)
+    base_rate = rate(config.eval_batch, certify.class_counts, base, *certifying)
+    quantized_rate = rate(config.eval_batch, certify.class_counts, quantized, *certifying)
+    step_rate = rate(config.batch_size, train, quantized, *training)
+    base_step_rate = math.inf if trained else rate(config.batch_size, train, copy.deepcopy(base), *training)
     final = config.images * (config.n0 + config.n)
-    search_base = config.search_images * (config.n0 + config.search_n)
-    episode = (config.episode_steps * config.batch_size / step_quantized
-               + config.search_images * config.n_p / forward_quantized)
-    stages = {"train the base": 0 if trained else config.epochs * len(ids) / rate(step, base),
-              "certify the base, search images": search_base / forward_float,
+    episode = (config.episode_steps * config.batch_size / step_rate
+               + config.search_images * config.n_p / quantized_rate)
+    stages = {"train the base": config.epochs * len(ids) / base_step_rate,
+              "certify the base, search images":
+                  config.search_images * (config.n0 + config.search_n) / base_rate,
               f"search, {config.episodes} episodes": config.episodes * episode,
-              "fine-tune": config.finetune_epochs * len(ids) / step_quantized,
-              "certify the base, test images": final / forward_float,
-              "certify ARQ, test images": final / forward_quantized}
-    print(f"expected on {config.device}, from {forward_float:.0f} float and {forward_quantized:.0f} "
-          f"quantized images/s, {step_quantized:.0f} in training")
+              "fine-tune": config.finetune_epochs * len(ids) / step_rate,
+              "certify the base, test images": final / base_rate,
+              "certify ARQ, test images": final / quantized_rate}
+    print(f"expected on {config.device}, from {base_rate:.0f} float and {quantized_rate:.0f} quantized "
+          f"images/s, {step_rate:.0f} in training")
     for name, seconds in {**stages, "together": sum(stages.values())}.items():
         print(f"  {name:<34}{duration(seconds):>8}", flush=True)
 
@@ -761,10 +698,9 @@ def open_run(config: Config, *image_sets: ImageSet) -> Path:
     """The run folder, new or of a run with the same options, images and networks. Raises InputError."""
     out, path = Path(config.out), Path(config.out) / "config.json"
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACE_OPTIONS}
+    files = [Path(name).read_bytes() for name in (config.checkpoint, config.evaluate) if name is not None]
     options["fingerprint"] = [images.fingerprint() for images in image_sets]
-    for name in ("checkpoint", "evaluate"):
-        if options[name] is not None:
-            options["fingerprint"].append(hashlib.sha256(Path(options[name]).read_bytes()).hexdigest()[:16])
+    options["fingerprint"] += [hashlib.sha256(file).hexdigest()[:16] for file in files]
     if path.exists():
         try:
             old = dict(json.loads(path.read_text()))
@@ -772,15 +708,14 @@ def open_run(config: Config, *image_sets: ImageSet) -> Path:
             raise InputError(f"{path} is not the configuration of a run; give another --out") from None
         differ = [f"{flag(name)} {old.get(name)} there, {value} here" for name, value in options.items()
                   if old.get(name) != value and name != "fingerprint"]
-        if not differ and old.get("fingerprint") != options["fingerprint"]:
-            differ = ["the images or the network file have changed"]
+        if old.get("fingerprint") != options["fingerprint"]:
+            differ.append("the images or the network file have changed")
         if differ:
-            raise InputError(f"--out {out} holds a run of other options: {'; '.join(differ[:4])}; "
-                             f"give another --out")
+            raise InputError(f"--out {out} holds another run: {'; '.join(differ[:4])}; give another --out")
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is not empty and holds no run of this program; give another --out")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(path, options)
+    write_whole(path, options)
     return out
 
 
@@ -793,11 +728,9 @@ def run(config: Config) -> dict:
     path = base_path(config, train_images)
     trained = config.checkpoint is not None or path.exists()
     base = build_base(config, num_classes, path)
-    classifier = copy.deepcopy(base)
-    table = models.quantize_model(classifier, config.image_size)
+    table = models.quantize_model(copy.deepcopy(base), config.image_size)
     try:
-        models.enforce_budget(table, models.uniform_policy(table, models.MIN_BITS), config.budget,
-                              config.size_budget)
+        environment = BitWidthEnvironment(table, config.budget, config.size_budget)
     except ValueError as error:
         raise InputError(str(error)) from None
     out = open_run(config, train_images, test_images)
@@ -809,7 +742,7 @@ def run(config: Config) -> dict:
 
     print(f"{config.dataset}: {len(train_ids)} training, {len(search_ids)} search and {config.images} test "
           f"images, {num_classes} classes; {config.arch}, sigma {config.sigma:g}; run folder {out}")
-    print_expected_times(base, classifier, table, train_images, train_ids, config, trained)
+    print_expected_times(base, train_images, train_ids, config, trained)
     stages = Stages(out / "stages.json")
     stages.watch(base)
     if not trained:
@@ -820,7 +753,7 @@ def run(config: Config) -> dict:
     # Algorithm 1: certify f on the search images, then search.
     classifier = copy.deepcopy(base)
     stages.watch(classifier)
-    table = models.quantize_model(classifier, config.image_size)
+    models.quantize_model(classifier, config.image_size)
     search_images = train_images.batch(search_ids, config.device)
     calibrate(classifier, search_images, config)
     search_labels = [train_images.labels[i] for i in search_ids]
@@ -829,13 +762,12 @@ def run(config: Config) -> dict:
     base_acr = certify.average_certified_radius(cache.certificates)
     print(f"  ACR of the base on the search images: {down(base_acr)}")
     if base_acr == 0:
-        raise InputError("the base classifier certifies none of the search images: there is nothing to keep; "
-                         "give a base trained with noise (--checkpoint), more --epochs or a lower --sigma")
-    environment = BitWidthEnvironment(table, config.budget, config.size_budget)
+        raise InputError("the base certifies none of the search images; give one trained with noise "
+                         "(--checkpoint), more --epochs or a lower --sigma")
     evaluate = PolicyEvaluator(classifier, cache, search_images, train_images, train_ids, config)
     best = stages.run("search", search, environment, evaluate, base_acr, config.episodes, config.seed, out)
     policy = best["policy"]
-    write_json(out / "policy.json", policy)
+    write_whole(out / "policy.json", policy)
 
     if not (out / "model.pt").exists():
         classifier.load_state_dict(evaluate.base_state)
@@ -843,9 +775,10 @@ def run(config: Config) -> dict:
         steps = int(config.finetune_epochs * (len(train_ids) // config.batch_size))
         stages.run("fine-tune", train, classifier, train_images, train_ids, config, steps, FINETUNE_LR,
                    FINETUNE_DECAY, "fine-tune", out / "finetune_state.pt")
-        write_whole(out / "model.pt", lambda part: models.save_model(
-            part, classifier, config.arch, config.image_size, policy, config.sigma, config.dataset,
-            train_images.classes))
+        part = out / "model.pt.part"
+        models.save_model(part, classifier, config.arch, config.image_size, policy, config.sigma,
+                          config.dataset, train_images.classes)
+        os.replace(part, out / "model.pt")
         (out / "finetune_state.pt").unlink(missing_ok=True)
 
     # Test images are first seen here. What is certified is what was saved.
@@ -873,18 +806,18 @@ def calibrate(classifier: Classifier, images: Tensor, config: Config) -> None:
 def evaluate_saved(config: Config) -> dict:
     """--evaluate: certify a saved network, quantized (model.pt) or a float checkpoint, on the test images."""
     test_images = load_split(config, False)
-    refuse_too_many(config, test_images)
+    classes = test_images.classes
     if models.saved_options(config.evaluate):
         try:
             classifier, table, saved = models.load_model(config.evaluate)
         except ValueError as error:
             raise InputError(str(error)) from None
         policy = saved["policy"]
-        if saved["classes"] != test_images.classes:
+        if saved["classes"] != classes:
             raise InputError(f"--evaluate {config.evaluate} was made for classes {saved['classes'][:3]} ..., "
-                             f"these images have {test_images.classes[:3]} ...; give its --data")
+                             f"these images have {classes[:3]} ...; give its --data")
     else:
-        classifier = read_float(config.evaluate, config, len(test_images.classes))
+        classifier = build_base(dataclasses.replace(config, checkpoint=config.evaluate), len(classes), None)
         table = models.quantize_model(classifier, config.image_size)
         policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
     out = open_run(config, test_images)
@@ -898,7 +831,7 @@ def evaluate_saved(config: Config) -> dict:
 
 def finish(results: dict, stages: Stages, policy: Policy, config: Config, out: Path) -> dict:
     results["stages"] = stages.records
-    write_json(out / "results.json", results)
+    write_whole(out / "results.json", results)
     print_report(results, policy, config, out)
     return results
 
@@ -923,20 +856,22 @@ def down(value: Optional[float]) -> str:
 def print_report(results: dict, policy: Policy, config: Config, out: Path) -> None:
     """Float base and ARQ side by side, and the policy, one line a layer."""
     columns = {"float base": results["base"], "ARQ": results} if "base" in results else {"network": results}
-    lines = [("accuracy (certified, radius 0)", lambda r: down(r["accuracy"])),
-             *((f"certified accuracy at {radius}", lambda r, key=radius: down(r["certified_accuracy"][key]))
-               for radius in map(str, RADII)),
-             ("average certified radius (ACR)", lambda r: down(r["acr"])),
-             ("  standard error over images", lambda r: f"{r['acr_standard_error']:.4f}"),
-             ("ACR on the search images", lambda r: down(r["search_acr"])),
-             ("abstained", lambda r: f"{r['abstained']:.4f}"),
-             ("BitOPs, % of float", lambda r: f"{100 * r['bitops_ratio']:.4f}"),
-             ("weights, bytes", lambda r: f"{r['size_bytes']:,}")]
     print(f"\n{config.dataset}, {config.arch}, sigma {config.sigma:g}: {results['images']} test images, "
           f"n0 = {config.n0}, n = {config.n}, alpha = {config.alpha:g} an image, one-sided radii\n")
-    print(f"{'':<34}" + "".join(f"{name:>14}" for name in columns))
-    for label, text in lines:
+
+    def line(label: str, text: Callable[[dict], str]) -> None:
         print(f"{label:<34}" + "".join(f"{text(column):>14}" for column in columns.values()))
+
+    print(f"{'':<34}" + "".join(f"{name:>14}" for name in columns))
+    line("accuracy (certified, radius 0)", lambda r: down(r["accuracy"]))
+    for radius in map(str, RADII):
+        line(f"certified accuracy at {radius}", lambda r: down(r["certified_accuracy"][radius]))
+    line("average certified radius (ACR)", lambda r: down(r["acr"]))
+    line("  standard error over images", lambda r: f"{r['acr_standard_error']:.4f}")
+    line("ACR on the search images", lambda r: down(r["search_acr"]))
+    line("abstained", lambda r: f"{r['abstained']:.4f}")
+    line("BitOPs, % of float", lambda r: f"{100 * r['bitops_ratio']:.4f}")
+    line("weights, bytes", lambda r: f"{r['size_bytes']:,}")
     if "acr_difference" in results:
         mean, error = results["acr_difference"].values()
         print(f"ACR less the base's, on the same images: {mean:+.4f}, standard error {error:.4f}")
@@ -950,18 +885,17 @@ def main(argv=None) -> int:
     try:
         config = parse_config(argv)
         evaluate_saved(config) if config.evaluate else run(config)
-    except InputError as error:
-        print(f"arq.py: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # no permission, no space: whatever was finished is on disk
-        reason = error.strerror or error
-        print(f"arq.py: error: {error.filename or config.out}: {reason}; once this is repaired, the same "
-              f"command continues the run", file=sys.stderr)
-        return 2
+        return 0
     except KeyboardInterrupt:
         print("\narq.py: interrupted; the same command continues the run", file=sys.stderr)
         return 130
-    return 0
+    except InputError as error:
+        message = error
+    except OSError as error:  # no permission, no space: whatever was finished is on disk
+        message = (f"{error.filename or config.out}: {error.strerror or error}; once this is repaired, the "
+                   f"same command continues the run")
+    print(f"arq.py: error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":
