@@ -11,6 +11,7 @@
     a -> b             BitWidthEnvironment.bits      action in [0, 1] to a width
     BitOPs constraint  models.enforce_budget         takes bits from the last layer back until the policy fits
     reward             search                        (ACR(g^P) - ACR(g)) / ACR(g), on held-out training images
+    ACR(g^P)           PolicyEvaluator               estimated, or certified by IRS, with n_p samples an image
     X                  certify_images                test images, first seen by the final certificate
 """
 
@@ -72,14 +73,6 @@ LOWEST = dict(epochs=1, episodes=1, episode_steps=0, finetune_epochs=0, search_i
               images=1, n0=1, n=1, image_size=8, batch_size=2, eval_batch=1, seed=0)
 
 
-def three_numbers(text: str) -> list[float]:
-    try:
-        red, green, blue = text.split(",")
-        return [float(red), float(green), float(blue)]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"takes three numbers such as 0.5,0.5,0.5, not {text!r}") from None
-
-
 def option(default, text: str, **parser_options):
     shown = "" if default is None else f" (default: {default})"
     return field(default=default, metadata={"help": text + shown, **parser_options})
@@ -94,8 +87,8 @@ class Config:
     arch: str = option(None, "resnet8/20/32/44/56/110 (CIFAR), resnet18, resnet50 or mobilenet_v2",
                        choices=(*models.CIFAR_RESNETS, *models.TORCHVISION_NETS))
     checkpoint: str = option(None, "float base classifier, trained with noise; else one is trained")
-    mean: list = option(None, "normalisation of the network, such as 0.5,0.5,0.5", type=three_numbers)
-    std: list = option(None, "likewise", type=three_numbers)
+    mean: list = option(None, "normalisation of the network, such as 0.5 0.5 0.5", type=float, nargs=3)
+    std: list = option(None, "likewise", type=float, nargs=3)
     sigma: float = option(None, "standard deviation of the noise, in [0, 1] pixels; default: 0.25, or what "
                           "the network of --evaluate was made for")
     budget: float = option(0.015, "BitOPs allowed, as a fraction of the float network's")
@@ -106,13 +99,17 @@ class Config:
     finetune_epochs: float = option(None, "fine-tuning epochs of the best policy, such as 2.5")
     search_images: int = option(None, "training images held out for the search")
     search_n: int = option(None, "samples per search image of the base classifier's certificate")
-    n_p: int = option(None, "samples per search image of a policy's incremental certificate")
+    n_p: int = option(None, "samples per search image of a policy's reward")
     images: int = option(None, "test images of the final certificates, evenly spaced over the set")
     n0: int = option(100, "samples that select the class")
     n: int = option(None, "samples that bound its probability")
     alpha: float = option(0.001, "probability that one image's certificate is wrong")
     alpha_zeta: float = option(0.001, "the same for the disparity in the incremental certificate")
-    gamma: float = option(None, "cached p_A from which IRS draws fresh samples")
+    gamma: float = option(None, "cached p_A from which IRS as published draws fresh samples")
+    reward_estimate: str = option("point", "rewards: ACR as point estimate on noise common to all policies, "
+                                  "or certified, by --incremental", choices=("point", "certified"))
+    incremental: str = option("auto", "off (fresh samples), paper (IRS as published), paired (sharper bound) "
+                              "or auto (passes planned, too)", choices=certify.MODES)
     image_size: int = option(None, "side of the images the network sees")
     batch_size: int = option(128, "training batch")
     eval_batch: int = option(None, "samples per forward pass when certifying")
@@ -176,8 +173,9 @@ def complete_config(config: Config) -> Config:
         if not certify.can_certify(n, alpha):
             needed = math.floor(math.log(alpha) / math.log(0.5)) + 1
             raise InputError(f"{flag(name)} {n} never certifies at alpha = {alpha:g}; give at least {needed}")
-    if config.n_p > config.search_n:
-        raise InputError(f"--n-p {config.n_p} exceeds --search-n {config.search_n}, the samples it replays")
+    share, what = (2, "half of ") if config.incremental == "paired" else (1, "")
+    if share * config.n_p > config.search_n:
+        raise InputError(f"--n-p {config.n_p} exceeds {what}--search-n {config.search_n}, all it can replay")
     if config.out is None:
         source = f"budget{config.budget:g}"
         if config.evaluate:
@@ -188,8 +186,7 @@ def complete_config(config: Config) -> Config:
 
 def pick_device(name: str) -> str:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(device for device, there in available.items() if there)
+    name = next(device for device in available if available[device]) if name == "auto" else name
     if not available[name]:
         raise InputError(f"--device {name} is not available on this machine; use --device auto")
     return name
@@ -216,6 +213,11 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def digest(*parts: bytes) -> str:
+    """A short name for what these bytes say."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def write_whole(path: Path, value) -> None:
@@ -245,19 +247,19 @@ class ImageSet:
 
     def fingerprint(self) -> str:
         """A short name for what the set holds, from its classes, labels and a few images."""
-        some = self.batch(evenly_spaced(min(16, len(self)), len(self)))
-        digest = hashlib.sha256(json.dumps([self.classes, self.labels, self.size]).encode())
-        digest.update(some.mul(255).byte().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        some = self.read(evenly_spaced(min(16, len(self)), len(self)))
+        return digest(json.dumps([self.classes, self.labels, self.size]).encode(), some.numpy().tobytes())
+
+    def read(self, indices) -> Tensor:
+        """uint8 images (len(indices), 3, S, S)."""
+        if self.pixels is not None:
+            return self.pixels[torch.as_tensor(indices)]
+        with ThreadPoolExecutor() as pool:
+            return torch.stack(list(pool.map(lambda i: read_image(self.paths[i], self.size), indices)))
 
     def batch(self, indices, device="cpu") -> Tensor:
         """Float images (len(indices), 3, S, S) in [0, 1]."""
-        if self.pixels is not None:
-            pixels = self.pixels[torch.as_tensor(indices)]
-        else:
-            with ThreadPoolExecutor() as pool:
-                pixels = torch.stack(list(pool.map(lambda i: read_image(self.paths[i], self.size), indices)))
-        return pixels.to(device).float().div_(255)
+        return self.read(indices).to(device).float().div_(255)
 
 
 def read_image(path: Path, size: int) -> Tensor:
@@ -282,11 +284,8 @@ def load_folder(root: Path, size: int) -> ImageSet:
     labels, paths = [label for label, _ in found], [path for _, path in found]
     images = ImageSet(labels, classes, paths=paths, size=size)
     if len(paths) * 3 * size * size <= IN_MEMORY_BYTES:
-        images.pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
-        with ThreadPoolExecutor() as pool:
-            pixels = pool.map(lambda path: read_image(path, size), paths)
-            for i, image in zip(progress(f"reading {root}", "images", 0, len(paths)), pixels):
-                images.pixels[i] = image
+        blocks = progress(f"reading {root}", "images", 0, len(paths), 500)
+        images.pixels = torch.cat([images.read(range(i, min(i + 500, len(paths)))) for i in blocks])
     return images
 
 
@@ -526,9 +525,8 @@ def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float]
 
 def base_path(config: Config, images: ImageSet) -> Path:
     """Where a base trained with these options is kept, for every run whose base options are equal."""
-    values = json.dumps([images.fingerprint()] + [getattr(config, name) for name in BASE_OPTIONS])
-    digest = hashlib.sha256(values.encode()).hexdigest()[:12]
-    return Path("runs") / "bases" / f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-{digest}.pt"
+    values = json.dumps([images.fingerprint()] + [getattr(config, name) for name in BASE_OPTIONS]).encode()
+    return Path("runs/bases") / f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-{digest(values)}.pt"
 
 
 def build_base(config: Config, num_classes: int, path: Path) -> Classifier:
@@ -555,16 +553,6 @@ def prepare(classifier: Classifier, config: Config) -> Classifier:
     return classifier.to(config.device, memory_format=torch.channels_last).eval()
 
 
-def train_base(classifier: Classifier, images: ImageSet, indices: list[int], config: Config,
-               path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state_path = path.with_suffix(".state")
-    steps = config.epochs * (len(indices) // config.batch_size)
-    train(classifier, images, indices, config, steps, BASE_LR, BASE_DECAY, "base", state_path)
-    write_whole(path, classifier.state_dict())
-    state_path.unlink(missing_ok=True)
-
-
 def certify_and_keep(classifier: Classifier, images: Tensor, labels: list[int], ids: list[int],
                      num_classes: int, config: Config, path: Path) -> certify.ReplayCache:
     """FullRobustCertify(f) on the search images, kept image by image for an interrupted run."""
@@ -585,7 +573,7 @@ def certify_and_keep(classifier: Classifier, images: Tensor, labels: list[int], 
 
 
 class PolicyEvaluator:
-    """ACR of g^P on the search images: widths set on the base's weights, a brief fine-tuning, then IRS."""
+    """ACR of g^P on the search images: widths set on the base's weights, a brief fine-tuning, n_p samples."""
 
     def __init__(self, classifier: Classifier, cache: certify.ReplayCache, images: Tensor,
                  train_images: ImageSet, train_ids: list[int], config: Config):
@@ -599,10 +587,11 @@ class PolicyEvaluator:
         models.set_policy(self.classifier, policy)
         train(self.classifier, self.train_images, self.train_ids, config, config.episode_steps, EPISODE_LR,
               FINETUNE_DECAY, "episode")
-        rows = certify.certify_incremental(self.classifier, self.cache, self.images, config.n_p,
-                                           config.alpha_zeta, config.gamma, "paper",
-                                           batch_size=config.eval_batch)
-        return certify.average_certified_radius(rows)
+        what, batch = (self.classifier, self.cache, self.images, config.n_p), config.eval_batch
+        if config.reward_estimate == "point":
+            return certify.average_certified_radius(certify.estimate_radii(*what, batch))
+        return certify.average_certified_radius(certify.certify_incremental(
+            *what, config.alpha_zeta, config.gamma, config.incremental, batch_size=batch))
 
 
 def certify_images(classifier: Classifier, images: ImageSet, config: Config, path: Path,
@@ -655,41 +644,37 @@ class Stages:
 
 def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], config: Config,
                          trained: bool) -> None:
-    """What each stage should take, from about a second's measurement of copies of the networks."""
+    """What each stage should take, from a few batches through copies of the networks."""
     quantized = copy.deepcopy(base)
     table = models.quantize_model(quantized, config.image_size)
     models.set_policy(quantized, models.uniform_policy(table, 4))
-    certifying = (images.batch(ids[:1], config.device), [0], config.eval_batch, len(images.classes),
+    certifying = (images.batch(ids[:1], config.device), [0], 3 * config.eval_batch, len(images.classes),
                   config.sigma, NoiseKey(0, "timing"), config.eval_batch)
-    training = (images, ids[:config.batch_size], config, 1, 0.0, 0.0, "timing")
+    training = (images, ids[:config.batch_size], config, 2, 0.0, 0.0, "timing")
 
-    def rate(count: int, work: Callable, *arguments) -> float:
-        """Images a second, where one call takes `count` of them."""
-        work(*arguments)  # the first call pays for warming up
-        start, calls = time.monotonic(), 0
-        while time.monotonic() - start < 0.25:
-            work(*arguments)
-            calls += 1
-        return calls * count / (time.monotonic() - start)
+    def seconds(count: int, work: Callable, *arguments) -> float:
+        """An image's time in a call that takes `count` of them; a first call pays for warming up."""
+        work(*arguments)
+        start = time.monotonic()
+        work(*arguments)
+        return (time.monotonic() - start) / count
 
-    base_rate = rate(config.eval_batch, certify.class_counts, base, *certifying)
-    quantized_rate = rate(config.eval_batch, certify.class_counts, quantized, *certifying)
-    step_rate = rate(config.batch_size, train, quantized, *training)
-    base_step_rate = math.inf if trained else rate(config.batch_size, train, copy.deepcopy(base), *training)
+    float_pass, quantized_pass = (seconds(certifying[2], certify.class_counts, network, *certifying)
+                                  for network in (base, quantized))
+    step = seconds(2 * config.batch_size, train, quantized, *training)
+    base_step = 0 if trained else seconds(2 * config.batch_size, train, copy.deepcopy(base), *training)
+    episode = (config.episode_steps * config.batch_size * step
+               + config.search_images * config.n_p * quantized_pass)
     final = config.images * (config.n0 + config.n)
-    episode = (config.episode_steps * config.batch_size / step_rate
-               + config.search_images * config.n_p / quantized_rate)
-    stages = {"train the base": config.epochs * len(ids) / base_step_rate,
-              "certify the base, search images":
-                  config.search_images * (config.n0 + config.search_n) / base_rate,
+    stages = {"train the base": config.epochs * len(ids) * base_step,
+              "certify the base": (config.search_images * config.search_n + final) * float_pass,
               f"search, {config.episodes} episodes": config.episodes * episode,
-              "fine-tune": config.finetune_epochs * len(ids) / step_rate,
-              "certify the base, test images": final / base_rate,
-              "certify ARQ, test images": final / quantized_rate}
-    print(f"expected on {config.device}, from {base_rate:.0f} float and {quantized_rate:.0f} quantized "
-          f"images/s, {step_rate:.0f} in training")
-    for name, seconds in {**stages, "together": sum(stages.values())}.items():
-        print(f"  {name:<34}{duration(seconds):>8}", flush=True)
+              "fine-tune": config.finetune_epochs * len(ids) * step,
+              "certify ARQ": final * quantized_pass}
+    print(f"expected on {config.device}, from {1 / float_pass:.0f} float and {1 / quantized_pass:.0f} "
+          f"quantized images/s, {1 / step:.0f} in training")
+    for name, needed in {**stages, "together": sum(stages.values())}.items():
+        print(f"  {name:<34}{duration(needed):>8}", flush=True)
 
 
 # ---- the run ----
@@ -698,9 +683,9 @@ def open_run(config: Config, *image_sets: ImageSet) -> Path:
     """The run folder, new or of a run with the same options, images and networks. Raises InputError."""
     out, path = Path(config.out), Path(config.out) / "config.json"
     options = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACE_OPTIONS}
-    files = [Path(name).read_bytes() for name in (config.checkpoint, config.evaluate) if name is not None]
+    files = [Path(name) for name in (config.checkpoint, config.evaluate) if name is not None]
     options["fingerprint"] = [images.fingerprint() for images in image_sets]
-    options["fingerprint"] += [hashlib.sha256(file).hexdigest()[:16] for file in files]
+    options["fingerprint"] += [digest(file.read_bytes()) for file in files]
     if path.exists():
         try:
             old = dict(json.loads(path.read_text()))
@@ -746,7 +731,12 @@ def run(config: Config) -> dict:
     stages = Stages(out / "stages.json")
     stages.watch(base)
     if not trained:
-        stages.run("train the base", train_base, base, train_images, train_ids, config, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        state_path, steps = path.with_suffix(".state"), config.epochs * (len(train_ids) // config.batch_size)
+        stages.run("train the base", train, base, train_images, train_ids, config, steps, BASE_LR, BASE_DECAY,
+                   "base", state_path)
+        write_whole(path, base.state_dict())
+        state_path.unlink(missing_ok=True)
     elif config.checkpoint is None:
         print(f"base classifier: {path}, trained earlier")
 
@@ -788,9 +778,9 @@ def run(config: Config) -> dict:
     stages.watch(classifier)
     rows = stages.run("certify ARQ, test images", certify_images, classifier, test_images, config,
                       out / "certificates.tsv", "certificate")
-    results = summarize(rows, table, policy, config, best["acr"])
+    results = summarize(rows, classifier, table, policy, config, best["acr"])
     float_policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
-    results["base"] = summarize(base_rows, table, float_policy, config, base_acr)
+    results["base"] = summarize(base_rows, base, table, float_policy, config, base_acr)
     results["acr_difference"] = dict(zip(("mean", "standard_error"), certify.acr_difference(rows, base_rows)))
     return finish(results, stages, policy, config, out)
 
@@ -826,7 +816,8 @@ def evaluate_saved(config: Config) -> dict:
     stages.watch(classifier)
     rows = stages.run("certify", certify_images, classifier, test_images, config, out / "certificates.tsv",
                       "certificate")
-    return finish(summarize(rows, table, policy, config, None), stages, policy, config, out)
+    results = summarize(rows, classifier, table, policy, config, None)
+    return finish(results, stages, policy, config, out)
 
 
 def finish(results: dict, stages: Stages, policy: Policy, config: Config, out: Path) -> dict:
@@ -836,16 +827,29 @@ def finish(results: dict, stages: Stages, policy: Policy, config: Config, out: P
     return results
 
 
-def summarize(rows, table: list[Layer], policy: Policy, config: Config, search_acr: Optional[float]) -> dict:
-    """What results.json says of one network, with what its certificates rest on."""
+def summarize(rows, classifier: Classifier, table: list[Layer], policy: Policy, config: Config,
+              search_acr: Optional[float]) -> dict:
+    """What results.json says of one network, with what its certificates rest on; one-sided unless named."""
+    both_sides = certify.two_sided(rows)
     return {"acr": certify.average_certified_radius(rows), "accuracy": certify.certified_accuracy(rows, 0),
-            "acr_standard_error": certify.acr_standard_error(rows),
+            "acr_standard_error": certify.acr_difference(rows)[1],
             "certified_accuracy": {str(radius): certify.certified_accuracy(rows, radius) for radius in RADII},
             "abstained": sum(row.predict == certify.ABSTAIN for row in rows) / len(rows),
+            "two_sided": {"acr": certify.average_certified_radius(both_sides),
+                          "accuracy": certify.certified_accuracy(both_sides, 0)},
             "bitops_ratio": models.bitops_ratio(table, policy),
             "size_bytes": models.size_bytes(table, policy), "search_acr": search_acr, "images": len(rows),
             "sigma": config.sigma, "n0": config.n0, "n": config.n, "alpha": config.alpha,
+            "expected_false_certificates": config.alpha * len(rows),
+            "network": network_hash(classifier, policy),
             "device": config.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
+
+
+def network_hash(classifier: Classifier, policy: Policy) -> str:
+    """Names the network that certificates belong to: a hash of its policy and all tensors of its state."""
+    state = [(name, torch.as_tensor(value)) for name, value in sorted(classifier.state_dict().items())]
+    return digest(json.dumps([policy, [name for name, _ in state]]).encode(),
+                  *(value.cpu().contiguous().numpy().tobytes() for _, value in state))
 
 
 def down(value: Optional[float]) -> str:
@@ -857,21 +861,23 @@ def print_report(results: dict, policy: Policy, config: Config, out: Path) -> No
     """Float base and ARQ side by side, and the policy, one line a layer."""
     columns = {"float base": results["base"], "ARQ": results} if "base" in results else {"network": results}
     print(f"\n{config.dataset}, {config.arch}, sigma {config.sigma:g}: {results['images']} test images, "
-          f"n0 = {config.n0}, n = {config.n}, alpha = {config.alpha:g} an image, one-sided radii\n")
+          f"n0 = {config.n0}, n = {config.n}; radii one-sided unless named otherwise; alpha = "
+          f"{config.alpha:g} an image, so {results['expected_false_certificates']:g} false certificates are "
+          f"expected at most\n")
 
-    def line(label: str, text: Callable[[dict], str]) -> None:
-        print(f"{label:<34}" + "".join(f"{text(column):>14}" for column in columns.values()))
-
+    rows = {"accuracy (certified, radius 0)": lambda r: down(r["accuracy"]),
+            **{f"certified accuracy at {key}": lambda r, key=str(key): down(r["certified_accuracy"][key])
+               for key in RADII},
+            "average certified radius (ACR)": lambda r: down(r["acr"]),
+            "  standard error over images": lambda r: f"{r['acr_standard_error']:.4f}",
+            "ACR of two-sided radii": lambda r: down(r["two_sided"]["acr"]),
+            "ACR on the search images": lambda r: down(r["search_acr"]),
+            "abstained": lambda r: f"{r['abstained']:.4f}",
+            "BitOPs, % of float": lambda r: f"{100 * r['bitops_ratio']:.4f}",
+            "weights, bytes": lambda r: f"{r['size_bytes']:,}"}
     print(f"{'':<34}" + "".join(f"{name:>14}" for name in columns))
-    line("accuracy (certified, radius 0)", lambda r: down(r["accuracy"]))
-    for radius in map(str, RADII):
-        line(f"certified accuracy at {radius}", lambda r: down(r["certified_accuracy"][radius]))
-    line("average certified radius (ACR)", lambda r: down(r["acr"]))
-    line("  standard error over images", lambda r: f"{r['acr_standard_error']:.4f}")
-    line("ACR on the search images", lambda r: down(r["search_acr"]))
-    line("abstained", lambda r: f"{r['abstained']:.4f}")
-    line("BitOPs, % of float", lambda r: f"{100 * r['bitops_ratio']:.4f}")
-    line("weights, bytes", lambda r: f"{r['size_bytes']:,}")
+    for label, text in rows.items():
+        print(f"{label:<34}" + "".join(f"{text(column):>14}" for column in columns.values()))
     if "acr_difference" in results:
         mean, error = results["acr_difference"].values()
         print(f"ACR less the base's, on the same images: {mean:+.4f}, standard error {error:.4f}")

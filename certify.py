@@ -21,9 +21,11 @@ Sources: Cohen, Rosenfeld and Kolter, ICML 2019 (CERTIFY, PREDICT); Ugare et al.
 
 import hashlib
 import math
+import statistics
 import time
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
+from functools import partial
 from typing import Callable, Iterator, NamedTuple, Optional, Sequence, TextIO
 
 import torch
@@ -187,15 +189,10 @@ def certify(classifier: Classifier, images: Tensor, labels: Sequence[int], ids: 
     noise key.
     """
     start = time.monotonic()
-    selected = select_classes(classifier, images, ids, num_classes, sigma, n0, key, batch_size)
+    counts0 = class_counts(classifier, images, ids, n0, num_classes, sigma, key.derive("select"), batch_size)
+    selected = counts0.argmax(1)                                      # c_A, on samples the bound does not use
     counts = class_counts(classifier, images, ids, n, num_classes, sigma, estimate_key(key, n), batch_size)
     return _certificates(ids, labels, selected, counts, n0, sigma, alpha, start)
-
-
-def select_classes(classifier, images, ids, num_classes, sigma, n0, key, batch_size) -> Tensor:
-    """c_A of every image (B,), from n0 samples that no bound uses."""
-    key = key.derive("select")
-    return class_counts(classifier, images, ids, n0, num_classes, sigma, key, batch_size).argmax(1)
 
 
 def estimate_key(key: NoiseKey, n: int) -> NoiseKey:
@@ -230,12 +227,11 @@ def two_sided(rows: Sequence[Certificate]) -> list[Certificate]:
         raise ValueError("these certificates hold no counts; a two-sided radius needs n_a and n_b")
     certificates = []
     for row in rows:
-        n = max(row.n, 1)
-        p_a = lower_confidence_bound(row.n_a, n, row.alpha / 2)
-        p_b = upper_confidence_bound(row.n_b, n, row.alpha / 2)
-        radius = certified_radius(p_a, row.sigma, p_b)
+        p_a = lower_confidence_bound(row.n_a, max(row.n, 1), row.alpha / 2)
+        p_b = upper_confidence_bound(row.n_b, max(row.n, 1), row.alpha / 2)
         top = row.selected if p_a > p_b else ABSTAIN
-        certificates.append(replace(row, predict=top, radius=radius, correct=int(top == row.label)))
+        certificates.append(replace(row, predict=top, radius=certified_radius(p_a, row.sigma, p_b),
+                                    correct=int(top == row.label)))
     return certificates
 
 
@@ -274,11 +270,14 @@ def certify_and_cache(classifier: Classifier, images: Tensor, labels: Sequence[i
     beyond n0, and abstains. Guarantee and arguments as in `certify`.
     """
     start = time.monotonic()
-    selected = select_classes(classifier, images, ids, num_classes, sigma, n0, key, batch_size)
+    counts0 = class_counts(classifier, images, ids, n0, num_classes, sigma, key.derive("select"), batch_size)
+    selected = counts0.argmax(1)
     sizes = n * (selected == torch.as_tensor(labels))
     key = estimate_key(key, n)
     dtype = torch.uint8 if num_classes <= 256 else torch.int16
-    predictions = _predictions(classifier, images, ids, sizes, sigma, key, batch_size, 0, n, dtype)
+    predictions = torch.zeros(len(images), n, dtype=dtype)
+    predictions[:, :int(sizes.max())] = _predictions(classifier, images, ids, sigma, batch_size, dtype, sizes,
+                                                     key, 0)
     counts = torch.zeros(len(images), num_classes, dtype=torch.int64)
     for i in sizes.nonzero().flatten():
         counts[i] = predictions[i].long().bincount(minlength=num_classes)
@@ -286,17 +285,15 @@ def certify_and_cache(classifier: Classifier, images: Tensor, labels: Sequence[i
     return ReplayCache(rows, predictions, key)
 
 
-def _predictions(classifier, images, ids, sizes, sigma, key, batch_size, first, width, dtype) -> Tensor:
-    """Predicted classes (B, width) of noisy copies first .. first + sizes[i] - 1, then zeros."""
-    predictions = torch.zeros(len(images), width, dtype=dtype)
-    places = torch.arange(width) < sizes[:, None]
-    found = torch.empty(int(sizes.sum()), dtype=dtype)
-    done = 0
+def _predictions(classifier, images, ids, sigma, batch_size, dtype, sizes, key, first) -> Tensor:
+    """Predicted classes (B, largest size) of noisy copies first .. first + sizes[i] - 1, then zeros."""
+    found, done = torch.empty(int(sizes.sum()), dtype=dtype), 0
     stream = noisy_predictions(classifier, images, ids, sizes.tolist(), sigma, key, batch_size, first)
     for _, classes in stream:
         found[done:done + len(classes)] = classes
         done += len(classes)
-    predictions[places] = found
+    predictions = torch.zeros(len(images), int(sizes.max()), dtype=dtype)
+    predictions[torch.arange(predictions.shape[1]) < sizes[:, None]] = found
     return predictions
 
 
@@ -306,11 +303,8 @@ NONE, FRESH, PAPER, PAIRED, ESTIMATE = range(5)
 
 
 class IncrementalCertificate(NamedTuple):
-    """One image certified for f^P: how (of METHODS), and by how many samples of f^P, a pilot's included.
-
-    zeta is the published bound, where that was used; difference is P[f^P = c_A] - P[f = c_A] as replayed,
-    where the paired bound or the estimate was used.
-    """
+    """One image certified for f^P: how (of METHODS), and by how many samples of f^P, a pilot's included;
+    the published zeta and the replayed difference P[f^P = c_A] - P[f = c_A], nan where not used."""
     idx: int
     label: int
     predict: int
@@ -318,8 +312,8 @@ class IncrementalCertificate(NamedTuple):
     correct: int
     method: str
     passes: int
-    zeta: Optional[float]
-    difference: Optional[float]
+    zeta: float
+    difference: float
 
 
 def paired_lower_bound(both: Tensor, lost: Tensor, gained: Tensor, m: Tensor, k: Tensor, n: Tensor,
@@ -387,10 +381,8 @@ def _share_out(gain: Tensor, method: Tensor, sizes: Tensor, total: int) -> tuple
 
 
 class Plan(NamedTuple):
-    """What each image gets, fixed before any bound is computed; bounds use cached samples from `first` on.
-
-    All (B,): index into METHODS, samples of f^P for the bound and for the pilot, bet of the paired bound.
-    """
+    """What each image gets, fixed before any bound is computed, all (B,): index into METHODS, samples of f^P
+    for the bound and for the pilot, bet of the paired bound. Bounds use cached samples from `first` on."""
     method: Tensor
     passes: Tensor
     pilot: Tensor
@@ -439,15 +431,13 @@ def plan_passes(cache: ReplayCache, sample: Callable, selected: Tensor, right: T
         w = 1 - sizes / rest
         effective = 1 / (w / rest + 1.2 * paired_variance(sizes) / (variance[:, None] * sizes))
         zeta = upper_confidence_bound((change * variance).clamp(max=1)[:, None] * sizes, sizes, alpha_zeta)
-        total, size_of = alpha + alpha_zeta, torch.ones_like(effective)
-        gains = torch.stack([expected_radius(p, weight, size_of * sizes, total),
-                             expected_radius(p, weight, size_of * rest, alpha, zeta),
-                             expected_radius(p, weight, effective, total) * (sizes <= rest / 2)])
-        gain, method = gains.max(0)
+        total, ones = alpha + alpha_zeta, torch.ones_like(effective)
+        gain, method = torch.stack([  # FRESH, PAPER, PAIRED
+            expected_radius(p, weight, ones * sizes, total),
+            expected_radius(p, weight, ones * rest, alpha, zeta),
+            expected_radius(p, weight, effective, total) * (sizes <= rest / 2)]).max(0)
         method, passes = _share_out(gain * right[:, None], FRESH + method, sizes.long(), int(passes.sum()))
         passes = torch.minimum(passes, torch.where(method == PAIRED, rest // 2, rest))
-        if not passes.any():  # too few for a certificate anywhere: plain sampling loses nothing
-            method, passes = FRESH * right, (n_p - pilot) * right
     m = passes.clamp(min=1).double()[:, None]
     return Plan(method, passes, pilot, (7 / (m * paired_variance(m))).sqrt().squeeze(1), first)
 
@@ -483,21 +473,13 @@ def _lower_bounds(plan: Plan, old: Tensor, replayed: Tensor, fresh: Tensor, clas
 def _sampler(classifier: Classifier, cache: ReplayCache, images: Tensor, batch_size: int) -> Callable:
     """sample(sizes, key, first): what f^P predicts for `sizes` (B,) samples from `first` on, (B, largest)."""
     ids, sigma = [row.idx for row in cache.certificates], cache.certificates[0].sigma
-
-    def sample(sizes: Tensor, key: NoiseKey, first: int) -> Tensor:
-        return _predictions(classifier, images, ids, sizes, sigma, key, batch_size, first,
-                            int(sizes.max()), cache.predictions.dtype)
-
-    return sample
+    return partial(_predictions, classifier, images, ids, sigma, batch_size, cache.predictions.dtype)
 
 
 def _incremental_rows(cache, method, passes, radius, zeta, difference) -> list[IncrementalCertificate]:
-    def number(value: float) -> Optional[float]:
-        return None if math.isnan(value) else value
-
     columns = zip(*(part.tolist() for part in (method, passes, radius, zeta, difference)))
     return [IncrementalCertificate(row.idx, row.label, row.selected if radius > 0 else ABSTAIN, radius,
-                                   int(radius > 0), METHODS[method], passes, number(zeta), number(difference))
+                                   int(radius > 0), METHODS[method], passes, zeta, difference)
             for row, (method, passes, radius, zeta, difference) in zip(cache.certificates, columns)]
 
 
@@ -588,33 +570,27 @@ def average_certified_radius(rows) -> float:
 
     Raises ValueError without rows, as certified_accuracy does.
     """
-    if not rows:
-        raise ValueError("no certificates to average")
-    return sum(row.radius * row.correct for row in rows) / len(rows)
+    return statistics.fmean(row.radius * row.correct for row in rows)
 
 
-def acr_standard_error(rows) -> float:
-    """Standard error of the ACR over images (nan below two): what another draw of images would change."""
+def acr_difference(rows, base_rows=None) -> tuple[float, float]:
+    """ACR of rows, less that of base_rows if given, on the same images in the same order; its standard error.
+
+    The error (nan below two images) is what another draw of images would change; paired, where base_rows are.
+    """
     values = torch.tensor([row.radius * row.correct for row in rows], dtype=torch.float64)
-    return float(values.std() / math.sqrt(len(values)))
-
-
-def acr_difference(rows, base_rows) -> tuple[float, float]:
-    """ACR of rows less that of base_rows, on the same images in the same order; its paired standard error."""
-    gains = [row.radius * row.correct - base.radius * base.correct
-             for row, base in zip(rows, base_rows, strict=True)]
-    gains = torch.tensor(gains, dtype=torch.float64)
-    return float(gains.mean()), float(gains.std() / math.sqrt(len(gains)))
+    if base_rows is not None:
+        values = values - torch.tensor([row.radius * row.correct for row in base_rows], dtype=torch.float64)
+    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
 
 
 def certified_accuracy(rows, radius: float) -> float:
     """Share of images that are right, not abstained, and certified at least this l2 radius."""
-    if not rows:
-        raise ValueError("no certificates to count")
-    return sum(bool(row.correct) and row.radius >= radius for row in rows) / len(rows)
+    return statistics.fmean(bool(row.correct) and row.radius >= radius for row in rows)
 
 
 COLUMNS = [field.name for field in fields(Certificate)]
+PARSERS = {name: int for name in COLUMNS} | {"radius": float, "time": str, "sigma": float, "alpha": float}
 
 
 def write_certificates(file: TextIO, rows: Sequence[Certificate]) -> None:
@@ -642,15 +618,8 @@ def read_certificates(path) -> list[Certificate]:
     for number, line in enumerate(lines[1:], 2):
         try:
             cells = dict(zip(names, line.split("\t"), strict=True))
-            rows.append(Certificate(**{name: _parse(name, text) for name, text in cells.items()}))
+            rows.append(Certificate(**{name: PARSERS[name](cell) for name, cell in cells.items()
+                                       if cell or name == "time"}))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: line {number} is not a certificate ({error})") from None
     return rows
-
-
-def _parse(name: str, text: str):
-    if name == "time":
-        return text
-    if text == "":
-        return None
-    return float(text) if name in ("radius", "sigma", "alpha") else int(text)

@@ -13,6 +13,7 @@ This file stands alone (torch). Losses and networks follow the paper; settings a
 
 import copy
 import statistics
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -78,28 +79,21 @@ class Replay:
     """Transitions (s, a, r, s', done) of the last episodes; each row is real, done marks an episode's end."""
 
     def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.episodes: list[tuple[Tensor, ...]] = []
-        self.columns = None  # the episodes joined, made at the first sample after an add
+        self.episodes: deque[tuple[Tensor, ...]] = deque(maxlen=capacity)
 
     def add(self, states: Tensor, actions: Tensor, reward: float) -> None:
         """One episode: states (T, S), actions (T, 1); its reward is given to each of its steps."""
-        steps = len(states)
         next_states = torch.cat([states[1:], states[-1:]])  # the last row is masked by done
-        done = torch.zeros(steps, 1)
+        done = torch.zeros(len(states), 1)
         done[-1] = 1
-        self.episodes.append((states, actions, torch.full((steps, 1), reward), next_states, done))
-        del self.episodes[:-self.capacity]
-        self.columns = None
+        self.episodes.append((states, actions, torch.full_like(done, reward), next_states, done))
 
     def scale(self) -> float:
         """Standard deviation of the kept episodes' rewards (1 while all are equal): the critic's unit."""
         return statistics.pstdev(float(episode[2][0]) for episode in self.episodes) or 1.0
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        if self.columns is None:
-            self.columns = [torch.cat(column) for column in zip(*self.episodes)]
-        columns = self.columns
+        columns = [torch.cat(column) for column in zip(*self.episodes)]
         rows = torch.randint(len(columns[0]), (batch_size,), generator=generator)
         return tuple(column[rows] for column in columns)
 
@@ -171,13 +165,14 @@ class DDPG:
     def state_dict(self) -> dict:
         """Everything the next episode depends on, for an exact continuation."""
         parts = {name: getattr(self, name).state_dict() for name in self._stateful}
-        return {**parts, "replay": self.replay.episodes, "baseline": self.baseline, "episode": self.episode,
-                "generator": self.generator.get_state()}
+        return {**parts, "replay": list(self.replay.episodes), "baseline": self.baseline,
+                "episode": self.episode, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict) -> None:
         for name in self._stateful:
             getattr(self, name).load_state_dict(state[name])
-        self.replay.episodes, self.replay.columns = list(state["replay"]), None
+        self.replay.episodes.clear()
+        self.replay.episodes.extend(state["replay"])
         self.baseline, self.episode = state["baseline"], state["episode"]
         self.generator.set_state(state["generator"])
 

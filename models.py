@@ -14,8 +14,8 @@ network of convolutions and linear layers quantizable in place; `set_policy` cha
 Sources: LSQ (Esser et al., ICLR 2020) for learned steps; He et al. (2016), section 4.2, for CIFAR ResNets.
 """
 
+import copy
 import math
-import os
 from dataclasses import dataclass
 from typing import Iterable, Optional
 
@@ -63,8 +63,6 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int, option_a: bool = False):
         super().__init__()
-        if (depth - 2) % 6:
-            raise ValueError(f"a CIFAR ResNet has depth 6n + 2, not {depth}")
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         channels = 16
@@ -126,12 +124,12 @@ def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None)
                          f"({str(error).splitlines()[0][:60]}); save its state_dict alone") from None
     state = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    while state and (prefix := _common_prefix(state)):
-        state = {key.removeprefix(prefix): value for key, value in state.items() if not key.startswith("0.")}
+    for prefix in ("module.", "1.", "module.", "net."):  # `0.` are the numbers of a normalise layer in front
+        if state and all(key.startswith((prefix, "0.")) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items() if key[:2] != "0."}
     linear = "linear.weight" in state
-    names = {"linear.": "fc.", ".shortcut.": ".downsample."}
-    for old, new in names.items():
-        state = {key.replace(old, new): value for key, value in state.items()}
+    state = {key.replace("linear.", "fc.").replace(".shortcut.", ".downsample."): value
+             for key, value in state.items()}
     option_a = arch in CIFAR_RESNETS and not any("downsample" in key for key in state)
     cifar = arch in CIFAR_RESNETS and not (linear and option_a)
     mean = mean or (CIFAR10_MEAN if cifar else IMAGENET_MEAN)
@@ -147,12 +145,6 @@ def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None)
                          f"weights differ, the first is {wrong[0]}; give the --arch it was trained with")
     classifier.net.load_state_dict(state)
     return classifier
-
-
-def _common_prefix(state: dict) -> Optional[str]:
-    """A wrapper's prefix that every key has, but for the numbers of a normalise layer in front (`0.`)."""
-    keys = [key for key in state if not key.startswith("0.")]
-    return next((p for p in ("module.", "1.", "net.") if all(key.startswith(p) for key in keys)), None)
 
 
 # ---- quantizer ----
@@ -439,28 +431,23 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float,
     Raises ValueError if the narrowest policy is over the budget.
     """
     policy = {name: list(bits) for name, bits in policy.items()}
-    size_limit = math.inf if size_budget is None else size_budget
 
-    def over_budget() -> bool:
-        return bitops_ratio(table, policy) > budget
+    def over(kind: int) -> bool:
+        """Whether a bit must go from weights (kind 0) or inputs (1): both cost BitOPs, weights size too."""
+        too_large = size_budget is not None and size_ratio(table, policy) > size_budget
+        return bitops_ratio(table, policy) > budget or kind == 0 and too_large
 
-    def over_size() -> bool:
-        return size_ratio(table, policy) > size_limit
-
-    while over_budget() or over_size():
-        moved = False
+    while over(0):
+        before = copy.deepcopy(policy)
         for layer in reversed(table[1:-1]):
-            bits = policy[layer.name]
             for kind in (0, 1):
-                if bits[kind] > MIN_BITS and (over_budget() or kind == 0 and over_size()):
-                    bits[kind] -= 1
-                    moved = True
-        if not moved:
-            name = "--budget" if over_budget() else "--size-budget"
-            raise ValueError(f"{name} is below what the narrowest policy costs: {MIN_BITS} bits, and "
-                             f"{END_BITS} in the first and last layer, need "
-                             f"{math.ceil(bitops_ratio(table, policy) * 1e6) / 1e6} of the float network's "
-                             f"BitOPs and {math.ceil(size_ratio(table, policy) * 1e6) / 1e6} of its size")
+                if policy[layer.name][kind] > MIN_BITS and over(kind):
+                    policy[layer.name][kind] -= 1
+        if policy == before:
+            needs = [math.ceil(ratio(table, policy) * 1e6) / 1e6 for ratio in (bitops_ratio, size_ratio)]
+            raise ValueError(f"{'--budget' if over(1) else '--size-budget'} is below what the narrowest "
+                             f"policy ({MIN_BITS} bits, ends {END_BITS}) costs: {needs[0]} of the float "
+                             f"network's BitOPs and {needs[1]} of its size")
     return policy
 
 

@@ -4,16 +4,17 @@
 
 Certifies test images with the float network and a quantized one (--model, the model.pt of a run;
 else a 4-bit copy made here) and attacks every right certificate twice: within 0.999 of its radius R
-(one-sided), where the smoothed class must not change, and within 2 R, where nothing is promised. The
-attack is SmoothAdv (Salman et al., NeurIPS 2019): projected gradient ascent on -log of the softmax
-averaged over noise, drawn afresh at every step; images stay within [0, 1]. One is broken if PREDICT
-returns another class, on noise of its own; abstentions are counted apart. Certificate and PREDICT
-may each err with probability alpha an image. Prints a table, and writes results/attack.json after
-every block.
+(one-sided), where the smoothed class must not change, and within 2 R, where nothing is promised.
+The attack is SmoothAdv (Salman et al., NeurIPS 2019): projected gradient ascent on -log of the
+softmax averaged over noise, drawn afresh at every step; images stay within [0, 1]. One is broken
+if PREDICT returns another class, on noise of its own; abstentions count apart. Certificate and
+PREDICT may each err with probability alpha an image. Prints a table, and writes results/attack.json
+after every block.
 """
 
 import argparse
 import copy
+import json
 import math
 import sys
 import time
@@ -139,7 +140,7 @@ def main():
     for name, classifier in networks.items():
         for facts in attack_network(classifier, test_images, config, options):
             results["networks"][name] = facts
-            arq.write_json(options.out, results)
+            options.out.write_text(json.dumps(results, indent=1) + "\n")
             print(name, facts, flush=True)
     print(f"\n{'network':<12}{'certified':>12}{'mean R':>9}{'within':>10}"
           f"{'held':>8}{'abstained':>11}{'broken':>8}")

@@ -2,11 +2,12 @@
 
     python benchmarks/certify.py --data data --checkpoints DIR
 
-Sharpness: the ACR that each mode of `certify.certify_incremental` reaches, over the passes it takes, for 8-bit
-and (briefly fine-tuned) 4-bit copies of float ResNet-20. Ranking: how well cheap rewards order 40 policies. Both
-replay predictions that are collected first, image by image (hours on two cores; under --work; the same command
-continues). The sharpness table at n = 100,000 draws its samples with replacement from the collected ones.
-Speed is timed in turn in one process. Prints tables and writes benchmarks/certify.json and certify.txt.
+Sharpness: the ACR that each mode of `certify.certify_incremental` reaches, over the passes it takes, for
+8-bit and (briefly fine-tuned) 4-bit copies of float ResNet-20. Ranking: how well cheap rewards order 40
+policies. Both replay predictions that are collected first, image by image (hours on two cores; kept under
+--work, so that the same command continues). At n = 100,000 samples are drawn with replacement from the
+collected ones. Speed is timed in turn in one process. Prints tables and writes benchmarks/certify.json and
+benchmarks/certify.txt.
 """
 
 import argparse
@@ -53,15 +54,16 @@ def networks(options, config, train_images, train_ids, folder):
     for bits in (8, 4):
         classifier = copy.deepcopy(base)
         table = models.quantize_model(classifier, 32)
-        arq.calibrate(classifier, train_images.batch(train_ids[:: len(train_ids) // 256], config.device), config)
+        some = train_images.batch(train_ids[::len(train_ids) // 256], config.device)
+        arq.calibrate(classifier, some, config)
         models.set_policy(classifier, models.uniform_policy(table, bits))
         path = folder / f"{bits}bit.pt"
         if bits == 4 and path.exists():
-            classifier.load_state_dict(arq.load_state(path))
+            classifier.load_state_dict(torch.load(path))
         elif bits == 4:
             arq.train(classifier, train_images, train_ids, config, TUNING_STEPS, arq.EPISODE_LR,
                       arq.FINETUNE_DECAY, "episode")
-            arq.save_state(classifier.state_dict(), path)
+            arq.write_whole(path, classifier.state_dict())
         found[f"{bits} bit"] = classifier
     return found
 
@@ -88,12 +90,12 @@ def collect_pool(options, sigma: str):
         if found["label"] == found["selected"]:
             for name, network in nets.items():
                 found[name] = sampled(network, image, [index], POOL, config.sigma, KEY.derive("pool"))[0]
-        arq.save_state(found, path)
+        arq.write_whole(path, found)
         print(sigma, index, f"{time.monotonic() - start:.1f}", flush=True)
 
 
 def collect_ranking(options):
-    """40 policies: predictions on the search images' cached noise, on fresh noise, and on a long reference."""
+    """POLICIES policies: predictions on the cached noise, on fresh noise, and a long reference."""
     folder = options.work / "ranking"
     folder.mkdir(parents=True, exist_ok=True)
     config = arq.parse_config(["--dataset", "cifar10", "--data", options.data, "--sigma", "0.25",
@@ -111,9 +113,9 @@ def collect_ranking(options):
     if not path.exists():
         cache = certify.certify_and_cache(base, images, labels, ids, 10, 0.25, N0, RANKING_CACHE, ALPHA,
                                           KEY.derive("ranking"), 100)
-        arq.save_state({"rows": [vars(row) for row in cache.certificates], "predictions": cache.predictions,
-                        "key": tuple(cache.key)}, path)
-    saved = arq.load_state(path)
+        arq.write_whole(path, {"rows": [vars(row) for row in cache.certificates],
+                               "predictions": cache.predictions, "key": tuple(cache.key)})
+    saved = torch.load(path)
     right = [i for i, row in enumerate(saved["rows"]) if row["selected"] == row["label"]]
     key = certify.NoiseKey(*saved["key"])
     images, ids = images[right], [ids[i] for i in right]
@@ -136,7 +138,7 @@ def collect_ranking(options):
         for name, n, noise in (("replay", RANKING_CHEAP, key), ("full", RANKING_FULL, KEY.derive("full")),
                                ("fresh", RANKING_CHEAP, KEY.derive(f"policy{number}"))):
             found[name] = sampled(base, images, ids, n, 0.25, noise)
-        arq.save_state(found, path)
+        arq.write_whole(path, found)
         print("policy", number, f"{found['bitops_ratio']:.4f} {time.monotonic() - start:.1f}", flush=True)
 
 # ---- replaying what was collected ----
@@ -156,10 +158,11 @@ class Replay:
             rows.append(certify.Certificate(i, top, top, 0.0, 1, "", top, n_a, 0, self.n, N0, sigma, ALPHA))
         self.cache = certify.ReplayCache(rows, old, KEY)
 
-    def predictions(self, classifier, images, ids, sizes, sigma, key, batch_size, first, width, dtype):
+    def predictions(self, classifier, images, ids, sigma, batch_size, dtype, sizes, key, first):
         source = self.new if key == KEY else self.fresh
         assert first + int(sizes.max()) <= source.shape[1], "more passes than were collected"
-        return source[:, first:first + width] * (torch.arange(width) < sizes[:, None])
+        source = source[:, first:first + int(sizes.max())]
+        return source * (torch.arange(source.shape[1]) < sizes[:, None])
 
     def certify(self, n_p, mode):
         """(ACR, mean passes, images by method)."""
@@ -184,9 +187,9 @@ class Replay:
 
 
 def read_pool(options, sigma):
-    """The right images of one sigma, as {network: (B, POOL)}, with selected classes; and the images in all."""
+    """Images of right class as {network: (B, POOL)}; their classes; the number of images in all."""
     files = [path for path in (options.work / f"sigma{sigma}").glob("*.pt") if path.stem.isdigit()]
-    found = [arq.load_state(path) for path in sorted(files, key=lambda path: int(path.stem))]
+    found = [torch.load(path) for path in sorted(files, key=lambda path: int(path.stem))]
     right = [one for one in found if one["label"] == one["selected"]]
     pool = {name: torch.stack([one[name] for one in right]) for name in NETWORKS}
     return pool, [one["selected"] for one in right], len(found)
@@ -236,12 +239,12 @@ def sharpness(options, n=4000, bootstrap=False):
 
 
 def needed(sizes, curves):
-    """{level: {mode: passes by seed}} and the ratio of auto's to fresh sampling's."""
+    """{level: {mode: passes by split}}, with the ratio of auto's passes to fresh sampling's."""
     found = {}
     for level in LEVELS:
         by_mode = {mode: [passes_needed(sizes, shares, level) for shares in runs]
                    for mode, runs in curves.items()}
-        by_mode["auto over fresh"] = [a / b for a, b in zip(by_mode["auto"], by_mode["off"])]
+        by_mode["auto over off"] = [a / b for a, b in zip(by_mode["auto"], by_mode["off"])]
         found[str(level)] = by_mode
     return found
 
@@ -255,7 +258,8 @@ def sides(options):
             for n in (1000, POOL):
                 votes = torch.stack([row[:n].long().bincount(minlength=10) for row in pool[name]])
                 tops = torch.tensor(selected)
-                rows = certify._certificates(range(len(tops)), selected, tops, votes, N0, float(sigma), ALPHA, 0)
+                rows = certify._certificates(range(len(tops)), selected, tops, votes, N0, float(sigma),
+                                             ALPHA, 0)
                 one, two = (certify.average_certified_radius(some) * len(rows) / images
                             for some in (rows, certify.two_sided(rows)))
                 results[f"{sigma}, {name}, n = {n}"] = {"one-sided": one, "two-sided": two}
@@ -265,10 +269,10 @@ def sides(options):
 def ranking(options):
     """Kendall's tau between cheap rewards and the ACR of RANKING_FULL samples, over policies."""
     folder = options.work / "ranking"
-    saved = arq.load_state(next(folder.glob("cache*.pt")))
+    saved = torch.load(next(folder.glob("cache*.pt")))
     right = [i for i, row in enumerate(saved["rows"]) if row["selected"] == row["label"]]
     selected = [saved["rows"][i]["selected"] for i in right]
-    policies = [arq.load_state(path) for path in sorted(folder.glob("policy*.pt"))]
+    policies = [torch.load(path) for path in sorted(folder.glob("policy*.pt"))]
     column, old = torch.tensor(selected)[:, None], saved["predictions"][right]
     rewards = {(mode, m): [] for mode in (*certify.MODES, "estimate") for m in RANKING_SIZES}
     full = []
@@ -335,7 +339,8 @@ def speed(options, rounds=7, n=1000, batch_size=100):
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     certify.class_counts(network, images[:1], [0], 40 * n, 10, 0.25, KEY, batch_size)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
-    cache = certify.certify_and_cache(network, images, [0] * 4, range(4), 10, 0.25, N0, n, ALPHA, KEY, batch_size)
+    cache = certify.certify_and_cache(network, images, [0] * 4, range(4), 10, 0.25, N0, n, ALPHA, KEY,
+                                      batch_size)
     return {"device": config.device, "threads": torch.get_num_threads(), "rounds": rounds,
             "over the bare forward pass": statistics.median(b / o for b, o, _ in times),
             "over the usual loop": statistics.median(p / o for _, o, p in times),
@@ -347,27 +352,12 @@ def speed(options, rounds=7, n=1000, batch_size=100):
 
 def table(results):
     """The tables of certify.txt, as text."""
-    lines = []
+    lines = ["Passes are counted an image of right class: an image of wrong class costs the modes nothing, but "
+             "plain", "smoothing as much as any. Shares of the ACR that all n samples certify: mean of 5 splits "
+             "(lowest to highest)."]
     for part, n in (("sharpness", 4000), ("bootstrap", 100_000)):
         for setting, found in results[part].items():
-            lines += ["", f"sigma {setting}, n = {n:,}{', drawn again from the pool' if n > 4000 else ''}: "
-                          f"{found['right']} images of right class among {found['images']}, disagreement "
-                          f"{found['disagreement']:.4f}", "share of the full-n ACR, mean of 5 splits (lowest to "
-                          "highest), by passes an image of right class"]
-            modes = found["share_of_full_acr"]
-            lines.append(f"{'passes':>8}" + "".join(f"{mode:>22}" for mode in modes))
-            for i, size in enumerate(found["sizes"]):
-                if i not in SHOWN:
-                    continue
-                cells = [sorted(run[i] for run in runs) if len(runs[0]) > i else None for runs in modes.values()]
-                lines.append(f"{size:>8}" + "".join(
-                    f"{statistics.mean(c):>8.3f} ({c[0]:.3f}-{c[-1]:.3f})" if c else f"{'':>22}" for c in cells))
-            for level, by_mode in found["needed"].items():
-                ratio = by_mode["auto over fresh"]
-                text = ", ".join(f"{mode} {median(by_mode[mode]):.0f}" for mode in modes)
-                lines.append(f"  {float(level):.0%} needs (median): {text}; auto over off {median(ratio):.2f} "
-                             f"({min(ratio):.2f}-{max(ratio):.2f}), over plain smoothing of all images "
-                             f"{median(ratio) * found['right'] / found['images']:.2f}")
+            lines += sharpness_table(setting, found, n)
     lines += ["", "One- and two-sided ACR of the same counts"]
     lines += [f"  {name:<32}{row['one-sided']:.4f}  {row['two-sided']:.4f}"
               for name, row in results["sides"].items()]
@@ -379,7 +369,31 @@ def table(results):
                                                  for m, t in taus.items()))
     lines += ["", "Speed", *(f"  {name}: {value:.3g}" if isinstance(value, float) else f"  {name}: {value}"
                              for name, value in results["speed"].items())]
-    return "\n".join(lines).strip() + "\n"
+    return "\n".join(lines) + "\n"
+
+
+def sharpness_table(setting, found, n):
+    """Shares by mode and passes, then the passes that each level needs."""
+    modes = found["share_of_full_acr"]
+    lines = ["", f"sigma {setting}, n = {n:,}{' (drawn again)' if n > 4000 else ''}: {found['right']} images "
+                 f"of right class among {found['images']}, disagreement {found['disagreement']:.4f}",
+             f"{'passes':>8}" + "".join(f"{mode:>22}" for mode in modes)]
+    for i in SHOWN:
+        line = f"{found['sizes'][i]:>8}"
+        for runs in modes.values():
+            shares = sorted(run[i] for run in runs)
+            line += f"{statistics.mean(shares):>8.3f} ({shares[0]:.3f}-{shares[-1]:.3f})"
+        lines.append(line)
+    for level, by_mode in found["needed"].items():
+        ratio = by_mode["auto over off"]
+        lines.append(f"  {float(level):.0%} needs " + ", ".join(f"{mode} {shown(by_mode[mode])}" for mode in modes)
+                     + f"; auto over off {median(ratio):.2f} ({min(ratio):.2f}-{max(ratio):.2f}), over plain "
+                       f"smoothing {median(ratio) * found['right'] / found['images']:.2f}")
+    return lines
+
+
+def shown(passes):
+    return "-" if math.isnan(median(passes)) else f"{median(passes):.0f}"
 
 
 def median(values):
@@ -389,7 +403,7 @@ def median(values):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data", help="image tree of CIFAR-10")
-    parser.add_argument("--checkpoints", required=True, help="folder of resnet20_cifar10_sigma{0.25,0.50,1.00}.pt")
+    parser.add_argument("--checkpoints", required=True, help="folder of resnet20_cifar10_sigma0.25.pt etc.")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "certify", help="where samples are kept")
     options = parser.parse_args()
