@@ -103,8 +103,7 @@ def build_classifier(arch: str, num_classes: int, mean=CIFAR10_MEAN, std=CIFAR10
     elif arch in TORCHVISION_NETS:
         net = getattr(torchvision.models, arch)(weights=None, num_classes=num_classes)
     else:
-        raise ValueError(f"unknown network {arch!r}; "
-                         f"there are {', '.join([*CIFAR_RESNETS, *TORCHVISION_NETS])}")
+        raise ValueError(f"unknown network {arch!r}; there are {[*CIFAR_RESNETS, *TORCHVISION_NETS]}")
     return Classifier(net, mean, std)
 
 
@@ -112,10 +111,9 @@ def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None)
     """A float Classifier from a file in one of the layouts in public use.
 
     Taken: a bare state dict; {"state_dict": ...} with prefixes `module.` and `1.` (the network behind a
-    normalise layer) in any order; CIFAR ResNets with shortcuts named `shortcut`, or none (option A), whose
-    last layer is `linear`, which were trained with ImageNet's normalisation. mean and std override what the
-    layout implies. Raises ValueError, naming the first difference, where the weights are not those of
-    `arch`.
+    normalise layer) in any order; our own bases; CIFAR ResNets with shortcuts named `shortcut`, or none
+    (option A), whose last layer is `linear`, which were trained with ImageNet's normalisation. mean and std
+    override what the layout implies. Raises ValueError, naming the first difference, for other weights.
     """
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
@@ -124,6 +122,8 @@ def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None)
                          f"({str(error).splitlines()[0][:60]}); save its state_dict alone") from None
     state = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    own = [state.pop(name).flatten().tolist() if name in state else None for name in ("mean", "std")]
+    mean, std = mean or own[0], std or own[1]  # a base that this program trained
     for prefix in ("module.", "1.", "module.", "net."):  # `0.` are the numbers of a normalise layer in front
         if state and all(key.startswith((prefix, "0.")) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key[:2] != "0."}

@@ -654,6 +654,10 @@ def test_public_checkpoint_layouts(tmp_path):
     normalise = {"0.mean": torch.zeros(3)}
     assert torch.equal(logits({"state_dict": normalise | {"1." + k: v for k, v in state.items()}}), expected)
 
+    ours = models.Classifier(net, (0.5,) * 3, (0.25,) * 3).eval()  # as kept under runs/bases
+    with torch.no_grad():
+        assert torch.equal(logits(ours.state_dict()), ours(x))
+
     option_a = models.CifarResNet(20, 10, option_a=True).eval()  # layout of module.-prefixed CIFAR ResNets
     renamed = {"module." + k.replace("fc.", "linear."): v for k, v in option_a.state_dict().items()}
     with torch.no_grad():
@@ -902,6 +906,8 @@ def test_a_run_leaves_what_others_script_against(finished_run):
         assert column["expected_false_certificates"] == pytest.approx(0.006)
     assert results["bitops_ratio"] <= 0.015 and results["base"]["bitops_ratio"] == 1
     assert all({"seconds", "forward_passes"} <= stage.keys() for stage in results["stages"].values())
+    passes = {name: stage["forward_passes"] for name, stage in results["stages"].items()}
+    assert passes["fine-tune"] == 12 * 128 and passes["certify ARQ, test images"] == 6 * 220
     rows = certify.read_certificates(out / "certificates.tsv")
     assert [row.idx for row in rows] == [i * 1000 // 6 for i in range(6)]
     assert results["acr"] == certify.average_certified_radius(rows)

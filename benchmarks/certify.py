@@ -269,7 +269,7 @@ def sides(options):
 def ranking(options):
     """Kendall's tau between cheap rewards and the ACR of RANKING_FULL samples, over policies."""
     folder = options.work / "ranking"
-    saved = torch.load(next(folder.glob("cache*.pt")))
+    saved = torch.load(folder / "cache.pt")
     right = [i for i, row in enumerate(saved["rows"]) if row["selected"] == row["label"]]
     selected = [saved["rows"][i]["selected"] for i in right]
     policies = [torch.load(path) for path in sorted(folder.glob("policy*.pt"))]
