@@ -589,7 +589,7 @@ class PolicyEvaluator:
               FINETUNE_DECAY, "episode")
         what, batch = (self.classifier, self.cache, self.images, config.n_p), config.eval_batch
         if config.reward_estimate == "point":
-            return certify.average_certified_radius(certify.estimate_radii(*what, batch))
+            return float(certify.estimate_radii(*what, batch).mean())
         return certify.average_certified_radius(certify.certify_incremental(
             *what, config.alpha_zeta, config.gamma, config.incremental, batch_size=batch))
 

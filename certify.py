@@ -74,7 +74,9 @@ def certified_radius(p_a, sigma: float, p_b=None):
     p_b = 1 - p_a if p_b is None else _as_array(p_b)
     if not ((p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1)).all():
         raise ValueError("probabilities must lie between 0 and 1")
-    return _as_tensor((sigma / 2 * (norm.ppf(p_a) + norm.isf(p_b))).clip(0))
+    certified = p_a > p_b  # elsewhere infinite quantiles may have no difference: 1/2 stands for both
+    difference = norm.ppf(p_a + ~certified * (0.5 - p_a)) + norm.isf(p_b + ~certified * (0.5 - p_b))
+    return _as_tensor(sigma / 2 * difference)
 
 
 def can_certify(n: int, alpha: float) -> bool:
@@ -184,9 +186,9 @@ def certify(classifier: Classifier, images: Tensor, labels: Sequence[int], ids: 
     """CERTIFY (Cohen et al., section 3.2.2) for a block of images (B, C, H, W) in [0, 1].
 
     For each image, with probability at least 1 - alpha over the noise: if the certificate does not abstain,
-    the smoothed classifier predicts `predict` everywhere within l2 distance `radius`. The guarantee holds
-    image by image, so about alpha * B certificates of a block may be wrong. `ids` name the images in the
-    noise key.
+    the smoothed classifier predicts `predict` everywhere closer than `radius` in l2. The guarantee holds
+    image by image, so about alpha * B certificates of a block may be wrong; as in all common implementations,
+    it is exact in real, not in floating-point arithmetic (Voracek and Hein, 2023). `ids` name the images.
     """
     start = time.monotonic()
     counts0 = class_counts(classifier, images, ids, n0, num_classes, sigma, key.derive("select"), batch_size)
@@ -221,7 +223,7 @@ def two_sided(rows: Sequence[Certificate]) -> list[Certificate]:
 
     The most counted other class needs no correction over classes: its bound is at least the bound of the
     true runner-up, whichever class that is. Each of the two radii is wrong with probability at most alpha;
-    taking the larger one afterwards would spend alpha twice. Raises ValueError for rows without counts.
+    the larger one, taken afterwards, with up to 1.5 alpha. Raises ValueError for rows without counts.
     """
     if any(row.n_a is None or row.n_b is None for row in rows):
         raise ValueError("these certificates hold no counts; a two-sided radius needs n_a and n_b")
@@ -254,7 +256,8 @@ def predict(classifier: Classifier, images: Tensor, ids: Sequence[int], num_clas
 class ReplayCache:
     """f's certificates for a set of images, and what f predicted for every sample behind them.
 
-    predictions: (B, n) uint8, one byte a sample (int16 beyond 256 classes); key: the noise to replay.
+    predictions: (B, n) uint8, one byte a sample (int16 beyond 256 classes), zeros where nothing was sampled
+    (a certificate's n is 0); key: the noise to replay.
     """
     certificates: list[Certificate]
     predictions: Tensor
@@ -298,8 +301,8 @@ def _predictions(classifier, images, ids, sigma, batch_size, dtype, sizes, key, 
 
 
 MODES = ("off", "paper", "paired", "auto")
-METHODS = ("none", "fresh", "paper", "paired", "estimate")
-NONE, FRESH, PAPER, PAIRED, ESTIMATE = range(5)
+METHODS = ("none", "fresh", "paper", "paired")
+NONE, FRESH, PAPER, PAIRED = range(4)
 
 
 class IncrementalCertificate(NamedTuple):
@@ -322,15 +325,15 @@ def paired_lower_bound(both: Tensor, lost: Tensor, gained: Tensor, m: Tensor, k:
 
     F and G are the events f = c and f^P = c, or others; `both`, `lost` and `gained` count the samples where
     both, only F, and only G hold; k of the n other samples have F. With probability at least 1 - alpha the
-    bound is below P[G]. It bounds the difference of G and wF, w = n / (n + m), on the same noise:
+    bound is at most P[G]. It bounds the difference of G and wF, w = n / (n + m), on the same noise:
 
         P[G] = t + w P[F] with t = E[G - wF], for any w.
         The m samples bet on t: under E[G - wF] <= t, the wealth e(t) = prod_i 1 + bet (G_i - w F_i - t) has
         expectation at most 1, for a bet fixed in advance that leaves no factor negative.
         The n others give a p-value for P[F] <= p: the binomial tail q(p) of k or more among n.
-        They share no sample, so P[q <= alpha e] = E[alpha e] <= alpha at the true t and p: but with that
-        probability p is at least LCB(k, n, alpha e(t)), and P[G] at least the minimum over t of
-        t + w LCB(k, n, alpha e(t)).
+        They share no sample, so P[q <= alpha e] <= E[min(1, alpha e)] <= alpha at the true t and p.
+        Otherwise p is at least LCB(k, n, alpha e(t)), and P[G] = t + w p at least the minimum of
+        t + w LCB(k, n, alpha e(t)) over all t.
 
     All of alpha is spent on this one comparison, where p_A - zeta spends a share on each of two bounds. e
     falls with t, so taking t from one end of a cell of a grid and e from the other errs downwards only.
@@ -340,9 +343,8 @@ def paired_lower_bound(both: Tensor, lost: Tensor, gained: Tensor, m: Tensor, k:
     mean = (gained + (1 - w) * both - w * lost) / m
     square = (gained + (1 - w) ** 2 * both + w ** 2 * lost) / m
     spread = ((square - mean ** 2).clamp(min=0) / m).sqrt() + 1 / m
-    far, near = torch.logspace(2, 0.62, 40), torch.linspace(-4, 4, 81)
-    offsets = torch.cat([-far, near, far.flip(0)[:20]])
-    t = (mean + spread * offsets).clamp(max=1).maximum(-w)  # fine near the mean, where the minimum lies
+    offsets = torch.linspace(-5.3, 5.3, 161).sinh()  # dense near the mean, where the minimum lies
+    t = (mean + spread * offsets).clamp(max=1).maximum(-w)
     t = torch.cat([-w, t, torch.ones_like(w)], 1)
     size = torch.minimum(bet, 0.9 / (w + t).clamp(min=1e-12))
     neither = m - both - lost - gained
@@ -490,7 +492,8 @@ def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tens
 
     images: (B, C, H, W), those the cache was made of. For each image, with probability at least 1 - (alpha +
     alpha_zeta), g^P predicts `predict` within `radius`, for an f^P that was fixed without looking at this
-    noise: a search that compares many f^P on one cache scores them, and its winner needs a new certificate.
+    noise: a search that compares many f^P on one cache scores them, and its winner needs a new certificate;
+    nor may several n_p or modes be tried and the best be kept.
     Images whose cached class is wrong cost nothing and count 0. both_sides gives Theorem 2.1's two-sided
     radius, each side at half of every share of alpha; otherwise p_B = 1 - p_A.
 
@@ -504,15 +507,18 @@ def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tens
     Why paired and auto hold: plan and pilot see the first tenth of the cached samples; the bounds see the
     others and fresh noise, which do not depend on it. Given the plan, every image has one bound of one
     size, fixed before its samples were seen, that fails with probability at most alpha + alpha_zeta.
-    What paper takes for granted: its branch looks at the p_A it then uses. Where the true p_A is below gamma
-    the promise holds, since taking the fresh branch is then itself a failure of p_A. Elsewhere p_A cannot
-    fail in the replayed branch, but the two branches together may, with alpha + 2 alpha_zeta (one-sided).
-    Raises ValueError for an unknown mode, and if n_p exceeds the cached samples (half of them if paired).
+    What paper takes for granted: its branch depends on the p_A bound that it then uses. If P[f = c_A] is
+    below gamma, a fresh branch means that this bound failed, so alpha + alpha_zeta holds. Otherwise failure
+    is at most alpha + 2 alpha_zeta; with both_sides, at most 1.5 (alpha + alpha_zeta) in either case.
+    Raises ValueError for an unknown mode or shares of alpha that are none, and if n_p exceeds the cached
+    samples (half of them if paired).
     """
     n = cache.predictions.shape[1]
     sigma, alpha = cache.certificates[0].sigma, cache.certificates[0].alpha
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}; there are {', '.join(MODES)}")
+    if not (alpha_zeta > 0 and alpha + alpha_zeta < 1):
+        raise ValueError(f"alpha + alpha_zeta = {alpha} + {alpha_zeta} must be positive and stay below 1")
     if n_p > n or mode == "paired" and 2 * n_p > n:
         raise ValueError(f"n_p = {n_p} exceeds {'half of ' * (mode == 'paired')}the {n} cached samples")
     selected = torch.tensor([row.selected for row in cache.certificates])
@@ -543,24 +549,19 @@ def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tens
 
 
 def estimate_radii(classifier: Classifier, cache: ReplayCache, images: Tensor, n_p: int,
-                   batch_size: int = 100) -> list[IncrementalCertificate]:
-    """For ranking candidates, no certificate: the radius that f^P would be given by n samples, estimated.
+                   batch_size: int = 100) -> Tensor:
+    """For ranking candidates, no certificates: radii (B,) that n cached samples would give f^P, from n_p.
 
-    P[f^P = c_A] is estimated as f's share of votes among the cached samples plus the difference between f^P
-    and f on the first n_p of them: noise common to all candidates, which cancels where they are compared.
-    Arguments as in `certify_incremental`; sigma and alpha are the cache's.
+    Takes f^P's share of votes for c_A among the first n_p cached samples for that among all n. Candidates see
+    the same noise, which largely cancels between them; few samples bias the radius upwards.
     """
     rows, n = cache.certificates, cache.predictions.shape[1]
     selected = torch.tensor([row.selected for row in rows])
     right = selected == torch.tensor([row.label for row in rows])
     replayed = _sampler(classifier, cache, images, batch_size)(n_p * right, cache.key, 0)
-    after, before = (part[:, :n_p] == selected[:, None] for part in (replayed, cache.predictions))
-    difference = (after.sum(1) - before.sum(1)) / n_p
-    votes = torch.tensor([row.n_a for row in rows]) + n * difference.double()
-    p_lower = lower_confidence_bound(votes.clamp(0, n), n, rows[0].alpha)
-    radius = torch.where(right, certified_radius(p_lower, rows[0].sigma), 0.0)
-    return _incremental_rows(cache, ESTIMATE * right, n_p * right, radius, torch.full_like(radius, math.nan),
-                             difference)
+    votes = (replayed == selected[:, None]).sum(1) * (n / n_p)
+    radii = certified_radius(lower_confidence_bound(votes.clamp(max=n), n, rows[0].alpha), rows[0].sigma)
+    return torch.where(right, radii, 0.0)
 
 
 # ---- aggregates and files ----

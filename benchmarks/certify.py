@@ -68,10 +68,17 @@ def networks(options, config, train_images, train_ids, folder):
     return found
 
 
+def pool_files(options, sigma):
+    files = [path for path in (options.work / f"sigma{sigma}").glob("*.pt") if path.stem.isdigit()]
+    return sorted(files, key=lambda path: int(path.stem))
+
+
 def collect_pool(options, sigma: str):
     """Real predictions of the three networks on the same POOL noisy copies of test images, kept by image."""
     folder = options.work / f"sigma{sigma}"
     folder.mkdir(parents=True, exist_ok=True)
+    if len(pool_files(options, sigma)) == IMAGES:
+        return
     config = arq.parse_config(["--dataset", "cifar10", "--data", options.data, "--sigma", sigma,
                                "--device", options.device])
     train_images, test_images = arq.load_images(config)
@@ -98,6 +105,8 @@ def collect_ranking(options):
     """POLICIES policies: predictions on the cached noise, on fresh noise, and a long reference."""
     folder = options.work / "ranking"
     folder.mkdir(parents=True, exist_ok=True)
+    if len(list(folder.glob("policy*.pt"))) == POLICIES:
+        return
     config = arq.parse_config(["--dataset", "cifar10", "--data", options.data, "--sigma", "0.25",
                                "--device", options.device])
     train_images, _ = arq.load_images(config)
@@ -168,9 +177,8 @@ class Replay:
         """(ACR, mean passes, images by method)."""
         certify._predictions = self.predictions
         if mode == "estimate":
-            rows = certify.estimate_radii(None, self.cache, None, n_p)
-        else:
-            rows = certify.certify_incremental(None, self.cache, None, n_p, ALPHA, mode=mode)
+            return float(certify.estimate_radii(None, self.cache, None, n_p).mean()), n_p, {}
+        rows = certify.certify_incremental(None, self.cache, None, n_p, ALPHA, mode=mode)
         methods = {name: sum(row.method == name for row in rows) for name in certify.METHODS}
         return certify.average_certified_radius(rows), statistics.mean(r.passes for r in rows), methods
 
@@ -188,8 +196,7 @@ class Replay:
 
 def read_pool(options, sigma):
     """Images of right class as {network: (B, POOL)}; their classes; the number of images in all."""
-    files = [path for path in (options.work / f"sigma{sigma}").glob("*.pt") if path.stem.isdigit()]
-    found = [torch.load(path) for path in sorted(files, key=lambda path: int(path.stem))]
+    found = [torch.load(path) for path in pool_files(options, sigma)]
     right = [one for one in found if one["label"] == one["selected"]]
     pool = {name: torch.stack([one[name] for one in right]) for name in NETWORKS}
     return pool, [one["selected"] for one in right], len(found)
@@ -352,9 +359,9 @@ def speed(options, rounds=7, n=1000, batch_size=100):
 
 def table(results):
     """The tables of certify.txt, as text."""
-    lines = ["Passes are counted an image of right class: an image of wrong class costs the modes nothing, but "
-             "plain", "smoothing as much as any. Shares of the ACR that all n samples certify: mean of 5 splits "
-             "(lowest to highest)."]
+    lines = ["Passes are counted an image of right class: an image of wrong class costs the modes nothing,",
+             "but plain smoothing as much as any. Shares of the ACR that all n samples certify: mean of 5",
+             "splits (lowest to highest). Passes needed: median of the splits."]
     for part, n in (("sharpness", 4000), ("bootstrap", 100_000)):
         for setting, found in results[part].items():
             lines += sharpness_table(setting, found, n)
@@ -386,9 +393,10 @@ def sharpness_table(setting, found, n):
         lines.append(line)
     for level, by_mode in found["needed"].items():
         ratio = by_mode["auto over off"]
-        lines.append(f"  {float(level):.0%} needs " + ", ".join(f"{mode} {shown(by_mode[mode])}" for mode in modes)
-                     + f"; auto over off {median(ratio):.2f} ({min(ratio):.2f}-{max(ratio):.2f}), over plain "
-                       f"smoothing {median(ratio) * found['right'] / found['images']:.2f}")
+        needs = ", ".join(f"{mode} {shown(by_mode[mode])}" for mode in modes)
+        plain = median(ratio) * found["right"] / found["images"]
+        lines.append(f"  {float(level):.0%} needs {needs}; auto over off {median(ratio):.2f} "
+                     f"({min(ratio):.2f}-{max(ratio):.2f}), over plain smoothing {plain:.2f}")
     return lines
 
 
