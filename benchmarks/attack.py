@@ -135,6 +135,7 @@ def main():
 
     results = {name: getattr(options, name) for name in ("checkpoint", "model", "dataset", "sigma",
                                                          "images", "steps", "draws")}
+    results["checkpoint"] = Path(options.checkpoint).name
     results.update(n0=N0, n=N, alpha=ALPHA, reach=REACH, device=config.device,
                    threads=torch.get_num_threads(), networks={})
     for name, classifier in networks.items():
