@@ -115,6 +115,20 @@ def test_the_paired_bound_spends_its_alpha():
     assert violations(0.05) <= ALLOWED < violations(0.2)
 
 
+def test_the_paired_bound_never_exceeds_the_minimum_it_approximates():
+    """Against the docstring's formula on a dense grid of t, from below and closely."""
+    both, lost, gained, m, k, n, bet, alpha = 150, 9, 4, 200, 700, 800, 1.5, 0.01
+    w, t = n / (n + m), torch.linspace(-0.78, 0.9, 40001, dtype=torch.float64)
+    size = (0.9 / (w + t)).clamp(max=bet)
+    counts = {1 - w: both, -w: lost, 1.0: gained, 0.0: m - both - lost - gained}
+    wealth = 0.01 + 0.99 * sum(c * torch.log1p(size * (v - t)) for v, c in counts.items()).exp()
+    some = alpha * wealth < 1
+    exact = (t[some] + w * certify.lower_confidence_bound(k, n, alpha * wealth[some])).min()
+    arguments = [torch.tensor([float(x)]) for x in (both, lost, gained, m, k, n)]
+    found = float(certify.paired_lower_bound(*arguments, alpha, torch.tensor([bet])))
+    assert exact - 0.01 < found <= exact
+
+
 class Outcomes:
     """Stands in for a classifier and its samples: predictions of known joint probabilities.
 
@@ -399,6 +413,18 @@ def test_the_plan_sees_no_sample_that_a_bound_uses():
     assert plan(changed) == first
     changed.predictions[0, :100] = 0
     assert plan(changed) != first
+
+
+def test_bounds_leave_out_what_the_plan_saw():
+    """The difference is that of samples 100 to 289, after the tenth that the plan and its pilot of 10 had."""
+    images, cache = cached()
+    changed = bands(0.05)
+    rows = certify.certify_incremental(changed, cache, images, 200, 0.001, mode="paired")
+    for i in range(3):
+        noise = torch.cat([certify.draw_noise(cache.key, i, chunk, (1, 1, 1), "cpu") for chunk in range(3)])
+        after = (changed(images[i] + 0.25 * noise).argmax(1) == 0)[100:290].sum()
+        before = (cache.predictions[i, 100:290] == 0).sum()
+        assert rows[i].passes == 200 and rows[i].difference == pytest.approx(int(after - before) / 190)
 
 
 def test_passes_go_where_they_buy_radius():
