@@ -427,6 +427,17 @@ def test_bounds_leave_out_what_the_plan_saw():
         assert rows[i].passes == 200 and rows[i].difference == pytest.approx(int(after - before) / 190)
 
 
+def test_fresh_samples_share_no_noise_with_the_cache(monkeypatch):
+    images, cache = cached()
+    purposes, original = set(), certify.draw_noise
+    monkeypatch.setattr(certify, "draw_noise",
+                        lambda key, *rest: purposes.add(key.purpose) or original(key, *rest))
+    for mode, expected in (("off", {"/fresh"}), ("paired", {""}), ("auto", {"", "/fresh"})):
+        purposes.clear()
+        certify.certify_incremental(bands(0.05), cache, images, 200, 0.001, mode=mode)
+        assert purposes == {cache.key.purpose + part for part in expected}
+
+
 def test_passes_go_where_they_buy_radius():
     """auto certifies more than the same number of fresh samples, and an image without hope gets none."""
     images = torch.cat([torch.linspace(-0.05, 0.4, 30), torch.full((10,), 0.9)]).view(40, 1, 1, 1)
