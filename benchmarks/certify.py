@@ -366,7 +366,7 @@ def table(results):
         for setting, found in results[part].items():
             lines += sharpness_table(setting, found, n)
     lines += ["", "One- and two-sided ACR of the same counts"]
-    lines += [f"  {name:<32}{row['one-sided']:.4f}  {row['two-sided']:.4f}"
+    lines += [f"  {name:<32}{arq.down(row['one-sided'])}  {arq.down(row['two-sided'])}"
               for name, row in results["sides"].items()]
     rank = results["ranking"]
     lines += ["", f"Kendall's tau with the ACR of {RANKING_FULL} samples (95 % bootstrap interval), "
