@@ -397,8 +397,8 @@ def plan_passes(cache: ReplayCache, sample: Callable, selected: Tensor, right: T
     """Plan n_p passes an image of right class; share_out: so that the expected sum of radii is largest.
 
     Reads only the first tenth of the cached samples. There f's votes tell how certain each image is, and a
-    pilot, a twentieth of the passes replayed on them, how often f^P differs: as changes of the vote for c_A
-    per unit of the variance p (1 - p), taken to be alike for all images. sample: see `_sampler`.
+    pilot, a twentieth of the passes replayed on them, how often f^P differs: changes of the vote for c_A per
+    unit of the variance p (1 - p), an image's own drawn towards those of all. sample: see `_sampler`.
     """
     n = cache.predictions.shape[1]
     first, rest = n // 10, n - n // 10
@@ -444,9 +444,9 @@ def plan_passes(cache: ReplayCache, sample: Callable, selected: Tensor, right: T
     return Plan(method, passes, pilot, (7 / (m * paired_variance(m))).sqrt().squeeze(1), first)
 
 
-def _lower_bounds(plan: Plan, old: Tensor, replayed: Tensor, fresh: Tensor, classes: Tensor, voted: bool,
+def _lower_bounds(plan: Plan, old: Tensor, replayed: Tensor, fresh: Tensor, classes: Tensor, is_class: bool,
                   alpha: float, alpha_zeta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Lower bounds (B,) of P[f^P = class], or of P[f^P != class] unless `voted`; with zeta and difference."""
+    """Lower bounds (B,) of P[f^P = class], or of != where `is_class` is false; with zeta and difference."""
     bound = torch.zeros(len(old), dtype=torch.float64)
     zeta, difference = torch.full((2, len(old)), math.nan, dtype=torch.float64)
     for method in plan.method.unique().tolist():
@@ -454,7 +454,7 @@ def _lower_bounds(plan: Plan, old: Tensor, replayed: Tensor, fresh: Tensor, clas
         m, c = plan.passes[some], classes[some, None]
         new = fresh[some] if method == FRESH else replayed[some]
         inside = torch.arange(new.shape[1]) < m[:, None]
-        after, before = inside & ((new == c) == voted), (old[some] == c) == voted
+        after, before = inside & ((new == c) == is_class), (old[some] == c) == is_class
         if method == FRESH:
             bound[some] = lower_confidence_bound(after.sum(1), m, alpha + alpha_zeta)
         elif method == PAPER:
@@ -476,13 +476,6 @@ def _sampler(classifier: Classifier, cache: ReplayCache, images: Tensor, batch_s
     """sample(sizes, key, first): what f^P predicts for `sizes` (B,) samples from `first` on, (B, largest)."""
     ids, sigma = [row.idx for row in cache.certificates], cache.certificates[0].sigma
     return partial(_predictions, classifier, images, ids, sigma, batch_size, cache.predictions.dtype)
-
-
-def _incremental_rows(cache, method, passes, radius, zeta, difference) -> list[IncrementalCertificate]:
-    columns = zip(*(part.tolist() for part in (method, passes, radius, zeta, difference)))
-    return [IncrementalCertificate(row.idx, row.label, row.selected if radius > 0 else ABSTAIN, radius,
-                                   int(radius > 0), METHODS[method], passes, zeta, difference)
-            for row, (method, passes, radius, zeta, difference) in zip(cache.certificates, columns)]
 
 
 def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tensor, n_p: int,
@@ -545,7 +538,10 @@ def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tens
                                       alpha_zeta / sides)[0]
             p_upper = torch.where(selected == other, p_upper, torch.maximum(p_upper, bound))
     radius = torch.where(right, certified_radius(p_lower, sigma, p_upper), 0.0)
-    return _incremental_rows(cache, plan.method, plan.passes + plan.pilot, radius, zeta, difference)
+    columns = radius, plan.method, plan.passes + plan.pilot, zeta, difference
+    return [IncrementalCertificate(row.idx, row.label, row.selected if radius > 0 else ABSTAIN, radius,
+                                   int(radius > 0), METHODS[method], *rest)
+            for row, radius, method, *rest in zip(cache.certificates, *(part.tolist() for part in columns))]
 
 
 def estimate_radii(classifier: Classifier, cache: ReplayCache, images: Tensor, n_p: int,
