@@ -68,6 +68,7 @@ DEFAULTS = {
 PLACE_OPTIONS = ("out", "data", "eval_batch")  # where and how fast, not what: a run may change them
 BASE_OPTIONS = ("dataset", "arch", "mean", "std", "sigma", "epochs", "seed", "image_size", "batch_size",
                 "search_images")
+SAVED_OPTIONS = ("dataset", "arch", "image_size", "sigma")  # in the file of a network
 UPPER = dict(sigma=math.inf, budget=1, size_budget=1, alpha=1, alpha_zeta=1, gamma=1)
 LOWEST = dict(epochs=1, episodes=1, episode_steps=0, finetune_epochs=0, search_images=1, search_n=1, n_p=1,
               images=1, n0=1, n=1, image_size=8, batch_size=2, eval_batch=1, seed=0)
@@ -145,7 +146,8 @@ def complete_config(config: Config) -> Config:
         path = getattr(config, name)
         if path is not None and not Path(path).is_file():
             raise InputError(f"{flag(name)} {path}: no such file")
-    saved = models.saved_options(config.evaluate) if config.evaluate else {}
+    saved = read_saved(config.evaluate)[0] if config.evaluate else {}
+    saved = {name: saved[name] for name in SAVED_OPTIONS if name in saved}
     for name in ("arch", "image_size"):
         if name in saved and getattr(config, name) not in (None, saved[name]):
             raise InputError(f"--evaluate {config.evaluate} has {flag(name)} {saved[name]}; omit it")
@@ -182,6 +184,14 @@ def complete_config(config: Config) -> Config:
             source = f"evaluate-{Path(config.evaluate).resolve().parent.name}-{Path(config.evaluate).stem}"
         config.out = f"runs/{config.dataset}-{config.arch}-sigma{config.sigma:g}-{source}-seed{config.seed}"
     return config
+
+
+def read_saved(path: str) -> tuple:
+    """Description and tensors of a file that pack_model made; an empty one for others. Raises InputError."""
+    try:
+        return models.read_packed(path) or ({}, b"")
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def pick_device(name: str) -> str:
@@ -221,10 +231,12 @@ def digest(*parts: bytes) -> str:
 
 
 def write_whole(path: Path, value) -> None:
-    """A JSON or torch file, complete or not at all: written beside its place, which it then takes."""
+    """A JSON, torch or other file, complete or not at all: written beside its place, which it then takes."""
     part = path.with_name(path.name + ".part")
     if path.suffix == ".json":
         part.write_text(json.dumps(value, indent=1) + "\n")
+    elif isinstance(value, bytes):
+        part.write_bytes(value)
     else:
         torch.save(value, part)
     os.replace(part, path)
@@ -553,6 +565,12 @@ def prepare(classifier: Classifier, config: Config) -> Classifier:
     return classifier.to(config.device, memory_format=torch.channels_last).eval()
 
 
+def integers(classifier: Classifier, config: Config) -> nn.Module:
+    """The network as it is evaluated. On a GPU its sums are checked at the batch that will run."""
+    batch = 2 if config.device == "cpu" else config.eval_batch
+    return models.integer_network(prepare(classifier, config), batch)
+
+
 def certify_and_keep(classifier: Classifier, images: Tensor, labels: list[int], ids: list[int],
                      num_classes: int, config: Config, path: Path) -> certify.ReplayCache:
     """FullRobustCertify(f) on the search images, kept image by image for an interrupted run."""
@@ -587,7 +605,8 @@ class PolicyEvaluator:
         models.set_policy(self.classifier, policy)
         train(self.classifier, self.train_images, self.train_ids, config, config.episode_steps, EPISODE_LR,
               FINETUNE_DECAY, "episode")
-        what, batch = (self.classifier, self.cache, self.images, config.n_p), config.eval_batch
+        network, batch = integers(self.classifier, config), config.eval_batch
+        what = network, self.cache, self.images, config.n_p
         if config.reward_estimate == "point":
             return float(certify.estimate_radii(*what, batch).mean())
         return certify.average_certified_radius(certify.certify_incremental(
@@ -661,7 +680,7 @@ def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], con
         return (time.monotonic() - start) / count
 
     float_pass, quantized_pass = (seconds(certifying[2], certify.class_counts, network, *certifying)
-                                  for network in (base, quantized))
+                                  for network in (base, integers(quantized, config)))
     step = seconds(2 * config.batch_size, train, quantized, *training)
     base_step = 0 if trained else seconds(2 * config.batch_size, train, copy.deepcopy(base), *training)
     episode = (config.episode_steps * config.batch_size * step
@@ -759,26 +778,25 @@ def run(config: Config) -> dict:
     policy = best["policy"]
     write_whole(out / "policy.json", policy)
 
-    if not (out / "model.pt").exists():
+    if not (out / "model.arq").exists():
         classifier.load_state_dict(evaluate.base_state)
         models.set_policy(classifier, policy)
         steps = int(config.finetune_epochs * (len(train_ids) // config.batch_size))
         stages.run("fine-tune", train, classifier, train_images, train_ids, config, steps, FINETUNE_LR,
                    FINETUNE_DECAY, "fine-tune", out / "finetune_state.pt")
-        part = out / "model.pt.part"
-        models.save_model(part, classifier, config.arch, config.image_size, policy, config.sigma,
-                          config.dataset, train_images.classes)
-        os.replace(part, out / "model.pt")
+        description = {name: getattr(config, name) for name in SAVED_OPTIONS}
+        description["classes"] = train_images.classes
+        write_whole(out / "model.arq", models.pack_model(classifier, table, description))
         (out / "finetune_state.pt").unlink(missing_ok=True)
 
     # Test images are first seen here. What is certified is what was saved.
     base_rows = stages.run("certify the base, test images", certify_images, base, test_images, config,
                            out / "base_certificates.tsv", "base certificate")
-    classifier = prepare(models.load_model(out / "model.pt")[0], config)
+    classifier = integers(models.load_model(out / "model.arq")[0], config)
     stages.watch(classifier)
     rows = stages.run("certify ARQ, test images", certify_images, classifier, test_images, config,
                       out / "certificates.tsv", "certificate")
-    results = summarize(rows, classifier, table, policy, config, best["acr"])
+    results = summarize(rows, classifier, table, policy, config, best["acr"], out / "model.arq")
     float_policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
     results["base"] = summarize(base_rows, base, table, float_policy, config, base_acr)
     results["acr_difference"] = dict(zip(("mean", "standard_error"), certify.acr_difference(rows, base_rows)))
@@ -794,15 +812,12 @@ def calibrate(classifier: Classifier, images: Tensor, config: Config) -> None:
 
 
 def evaluate_saved(config: Config) -> dict:
-    """--evaluate: certify a saved network, quantized (model.pt) or a float checkpoint, on the test images."""
+    """--evaluate: certify a saved network, quantized (model.arq) or a float checkpoint, on the test images."""
     test_images = load_split(config, False)
-    classes = test_images.classes
-    if models.saved_options(config.evaluate):
-        try:
-            classifier, table, saved = models.load_model(config.evaluate)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        policy = saved["policy"]
+    classes, file = test_images.classes, None
+    if read_saved(config.evaluate)[0]:
+        classifier, table, saved = models.load_model(config.evaluate)
+        policy, file = saved["policy"], Path(config.evaluate)
         if saved["classes"] != classes:
             raise InputError(f"--evaluate {config.evaluate} was made for classes {saved['classes'][:3]} ..., "
                              f"these images have {classes[:3]} ...; give its --data")
@@ -812,11 +827,11 @@ def evaluate_saved(config: Config) -> dict:
         policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
     out = open_run(config, test_images)
     stages = Stages(out / "stages.json")
-    classifier = prepare(classifier, config)
+    classifier = integers(classifier, config)
     stages.watch(classifier)
     rows = stages.run("certify", certify_images, classifier, test_images, config, out / "certificates.tsv",
                       "certificate")
-    results = summarize(rows, classifier, table, policy, config, None)
+    results = summarize(rows, classifier, table, policy, config, None, file)
     return finish(results, stages, policy, config, out)
 
 
@@ -828,7 +843,7 @@ def finish(results: dict, stages: Stages, policy: Policy, config: Config, out: P
 
 
 def summarize(rows, classifier: Classifier, table: list[Layer], policy: Policy, config: Config,
-              search_acr: Optional[float]) -> dict:
+              search_acr: Optional[float], file: Optional[Path] = None) -> dict:
     """What results.json says of one network, with what its certificates rest on; one-sided unless named."""
     both_sides = certify.two_sided(rows)
     return {"acr": certify.average_certified_radius(rows), "accuracy": certify.certified_accuracy(rows, 0),
@@ -838,7 +853,9 @@ def summarize(rows, classifier: Classifier, table: list[Layer], policy: Policy, 
             "two_sided": {"acr": certify.average_certified_radius(both_sides),
                           "accuracy": certify.certified_accuracy(both_sides, 0)},
             "bitops_ratio": models.bitops_ratio(table, policy),
-            "size_bytes": models.size_bytes(table, policy), "search_acr": search_acr, "images": len(rows),
+            "size_bytes": models.size_bytes(table, policy),
+            "file_bytes": file.stat().st_size if file else None,
+            "path": getattr(classifier, "path", "float"), "search_acr": search_acr, "images": len(rows),
             "sigma": config.sigma, "n0": config.n0, "n": config.n, "alpha": config.alpha,
             "expected_false_certificates": config.alpha * len(rows),
             "network": network_hash(classifier, policy),
@@ -874,7 +891,9 @@ def print_report(results: dict, policy: Policy, config: Config, out: Path) -> No
             "ACR on the search images": lambda r: down(r["search_acr"]),
             "abstained": lambda r: f"{r['abstained']:.4f}",
             "BitOPs, % of float": lambda r: f"{100 * r['bitops_ratio']:.4f}",
-            "weights, bytes": lambda r: f"{r['size_bytes']:,}"}
+            "weights, bytes (their bits)": lambda r: f"{r['size_bytes']:,}",
+            "file, bytes": lambda r: f"{r['file_bytes']:,}" if r["file_bytes"] else "-",
+            "arithmetic": lambda r: r["path"]}
     print(f"{'':<34}" + "".join(f"{name:>14}" for name in columns))
     for label, text in rows.items():
         print(f"{label:<34}" + "".join(f"{text(column):>14}" for column in columns.values()))

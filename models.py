@@ -11,17 +11,26 @@ network of convolutions and linear layers quantizable in place; `set_policy` cha
     BitOPs(P)    bitops         sum over layers of MACs * w_bits * a_bits
     size(P)      size_bytes     sum over layers of weights * w_bits, in bytes
 
+Training simulates (QuantLayer); what is certified is `integer_network`: integer convolutions and one float32
+epilogue per channel, acc * scale + shift. `pack_model` and `load_model` keep those integers in a file.
+
 Sources: LSQ (Esser et al., ICLR 2020) for learned steps; He et al. (2016), section 4.2, for CIFAR ResNets.
 """
 
 import copy
+import functools
+import hashlib
+import json
 import math
+import operator
+import struct
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Iterable, Optional
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 MIN_BITS, MAX_BITS, FLOAT_BITS, END_BITS = 2, 8, 32, 8
@@ -159,7 +168,7 @@ def integer_range(bits: int, signed: bool, symmetric: bool = False) -> tuple[int
 
 def quantize(v: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
     """Integers (as floats) round(v / step), clipped."""
-    return torch.round(v / step).clamp_(q_min, q_max)
+    return (v / step).round_().clamp_(q_min, q_max)
 
 
 class FakeQuantize(torch.autograd.Function):
@@ -202,23 +211,31 @@ def best_step(v: Tensor, q_min: int, q_max: int, candidates: int = 32) -> Tensor
 class QuantLayer(nn.Module):
     """A convolution or linear layer with its BatchNorm, quantizing its own weights and its own input.
 
-    At 32 bits it is the float layer. With gradients, or in training mode, it simulates: fake-quantized input
-    and weights, BatchNorm in float. Otherwise it evaluates integers: acc = conv(q_a, q_w), then one float32
-    epilogue per channel, acc * scale + shift, with steps, bias and BatchNorm folded into both.
+    At 32 bits it is the float layer. In training it simulates: fake-quantized input and weights, BatchNorm in
+    float. Frozen, it is integers and one float32 epilogue per channel, acc * scale + shift with acc =
+    conv(q_a, q_w) and steps, bias and BatchNorm folded into both; `integer_network` then chooses how it runs.
     """
 
-    def __init__(self, layer: nn.Module, norm: nn.Module):
+    def __init__(self, layer: nn.Module, norm: nn.Module, in_shape: tuple):
         super().__init__()
         self.weight, self.bias, self.norm = layer.weight, layer.bias, norm
-        self.conv = None
-        if isinstance(layer, nn.Conv2d):
-            self.conv = dict(stride=layer.stride, padding=layer.padding, dilation=layer.dilation,
-                             groups=layer.groups)
+        self.in_shape = (*in_shape, 1, 1)[:3]
+        self.linear = isinstance(layer, nn.Linear)
+        self.conv = dict(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1)
+        if not self.linear:
+            self.conv = {name: getattr(layer, name) for name in self.conv}
         self.w_step = nn.Parameter(torch.ones(len(layer.weight)))
         self.a_step = nn.Parameter(torch.ones(()))
         self.register_buffer("calibrated_steps", torch.ones(MAX_BITS + 1))  # activation step, by width
         self.signed = False  # a Python value, so that a GPU need not be asked for it at every layer
         self.w_bits = self.a_bits = FLOAT_BITS
+        self.frozen = False
+        # In an integer network: what follows the epilogue (the limit of a ReLU, the layer whose input this
+        # is alone, which then gets integers), and whether this layer's own input comes as integers.
+        self.limit: Optional[float] = None
+        self.target: Optional[QuantLayer] = None
+        self.ready = False
+        self.least, self.most = -math.inf, math.inf
 
     def get_extra_state(self) -> bool:
         """Carries `signed` in the state dict."""
@@ -235,31 +252,142 @@ class QuantLayer(nn.Module):
                 self.w_step.copy_(best_step(self.weight.flatten(1), *integer_range(w_bits, True, True)))
                 self.a_step.copy_(self.calibrated_steps[a_bits])
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.w_bits == FLOAT_BITS:
-            return self.norm(self._multiply(x, self.weight, self.bias))
-        w_range = integer_range(self.w_bits, True, True)
-        a_range = integer_range(self.a_bits, self.signed)
+    def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        if self.frozen:
+            return self._integers(x, residual)
+        w, a = self.weight, x
+        if self.w_bits != FLOAT_BITS:
+            step = self.w_step.view(-1, *[1] * (w.ndim - 1))
+            w = FakeQuantize.apply(w, step, *integer_range(self.w_bits, True, True), w[0].numel())
+            a = FakeQuantize.apply(x, self.a_step, *integer_range(self.a_bits, self.signed), x[0].numel())
+        return self.norm(F.linear(a, w, self.bias) if self.linear else F.conv2d(a, w, self.bias, **self.conv))
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Replace weights, steps and BatchNorm by integers, activation step, scale and shift."""
+        if self.frozen or self.w_bits == FLOAT_BITS:
+            return
         step = self.w_step.view(-1, *[1] * (self.weight.ndim - 1))
-        if self.training or torch.is_grad_enabled():
-            w = FakeQuantize.apply(self.weight, step, *w_range, self.weight[0].numel())
-            a = FakeQuantize.apply(x, self.a_step, *a_range, x[0].numel())
-            return self.norm(self._multiply(a, w, self.bias))
-        acc = self._multiply(quantize(x, self.a_step, *a_range), quantize(self.weight, step, *w_range), None)
-        scale, shift = (v.view(-1, *[1] * (acc.ndim - 2)) for v in self._epilogue())
-        return acc.mul_(scale).add_(shift)
+        scale, norm = self.w_step * self.a_step, self.norm
+        shift = torch.zeros_like(scale) if self.bias is None else self.bias
+        if not isinstance(norm, nn.Identity):
+            gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            scale, shift = scale * gain, (shift - norm.running_mean) * gain + norm.bias
+        weight = quantize(self.weight, step, *integer_range(self.w_bits, True, True)).to(torch.int8)
+        self.set_integers(weight, self.a_step.data, scale, shift)
 
-    def _multiply(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
-        return F.linear(x, weight, bias) if self.conv is None else F.conv2d(x, weight, bias, **self.conv)
+    def set_integers(self, weight: Tensor, a_step: Tensor, scale: Tensor, shift: Tensor) -> None:
+        """Freeze with these: weight int8 in its float shape, a_step (), scale and shift (c_out,)."""
+        del self.weight, self.w_step, self.a_step
+        self.bias, self.norm, self.frozen = None, nn.Identity(), True
+        for name, value in dict(weight=weight, a_step=a_step, scale=scale, shift=shift).items():
+            self.register_buffer(name, value.clone())
 
-    def _epilogue(self) -> tuple[Tensor, Tensor]:
-        """scale and shift (c_out,) that take the integer sum to the layer's output."""
-        scale = self.w_step * self.a_step
-        shift = torch.zeros_like(self.w_step) if self.bias is None else self.bias
-        if isinstance(self.norm, nn.Identity):
-            return scale, shift
-        gain = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
-        return scale * gain, (shift - self.norm.running_mean) * gain + self.norm.bias
+    def use_path(self, path: str, batch: int) -> bool:
+        """Make a frozen layer run on one of PATHS; whether its sums are exact there, on this device.
+
+        int8: oneDNN's kernels on uint8 inputs (zero point 2^(b-1) if signed). Without VNNI they add pairs of
+        products in int16, which saturates: where a pair can reach that, weights are halved, channels doubled.
+        float32: integers in floats, over as many channels at a time as keep every partial sum below 2^24.
+        float64: for devices that multiply otherwise (Winograd, FFT), which the comparison below finds out.
+        """
+        self.path, groups, device = path, self.conv["groups"], self.weight.device
+        self.low, self.high = integer_range(self.a_bits, self.signed)
+        weight = self.weight[:, :, None, None] if self.linear else self.weight
+        q = torch.randint(self.low, self.high + 1, (2, *self.in_shape))  # random, then extreme inputs
+        q[1] = torch.where(q[1] < q[1].float().mean(), self.low, self.high)
+        q[1, :, :(self.in_shape[1] + 1) // 2] = self.high
+        exact = F.conv2d(q.double(), weight.double().cpu(), **self.conv).float()
+        copies = max(1, batch // 2)
+        q = q.float().to(device, memory_format=torch.channels_last).repeat(copies, 1, 1, 1)
+        try:
+            if path == "int8":
+                pair = 2 * (self.high - self.low) * int(weight.abs().max())
+                self.doubled = int8_saturates() and pair >= 2 ** 15 and groups == 1
+                if self.doubled:
+                    weight = torch.cat([weight // 2, weight - weight // 2], 1)
+                self.settings = [list(self.conv[name]) for name in ("stride", "padding", "dilation")] + [groups]
+                self.ones, self.zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
+                self.packed = torch.ops.onednn.qconv_prepack(weight, self.ones, 1.0, -self.low, *self.settings)
+                sums = self._int8(self._to_uint8(q), self.ones, 0 * self.ones)
+            else:
+                norm = weight.double().abs().sum((2, 3)) * max(-self.low, self.high)          # c_out, channels
+                limit = 2 ** 24 if path == "float32" else 2 ** 53
+                self.part = next(size for size in range(norm.shape[1], 0, -1)
+                                 if all(some.sum(1).max() < limit for some in norm.split(size, 1)))
+                if self.part < norm.shape[1] and groups > 1:
+                    return False
+                self.parts = weight.to(getattr(torch, path)).split(self.part, 1)
+                sums = self._sums(q)
+        except (RuntimeError, TypeError, AttributeError):  # not in this torch, or not on this device
+            return False
+        return torch.equal(sums.cpu(), exact.repeat(copies, 1, 1, 1))
+
+    def join(self) -> None:
+        """Fix epilogue and clipping: the next layer's step and range, if it takes this output as integers."""
+        self.epilogue = self.scale, self.shift
+        if self.limit is not None:
+            self.least, self.most = 0.0, self.limit
+        if self.target is not None:
+            step = self.target.a_step
+            self.epilogue, most = (self.scale / step, self.shift / step), torch.round(self.most / step)
+            self.least, self.most = max(self.target.low, self.least), min(self.target.high, float(most))
+        if self.path != "int8":
+            self.epilogue = tuple(part[:, None, None] for part in self.epilogue)
+
+    def _integers(self, x: Tensor, residual: Optional[Tensor]) -> Tensor:
+        """Integers in, unless x is; out the sums' epilogue, plus residual (overwritten), clipped, in floats or
+        as the target's integers."""
+        x = x[:, :, None, None] if self.linear else x
+        if not self.ready:
+            x = quantize(x, self.a_step, self.low, self.high)
+            x = self._to_uint8(x) if self.path == "int8" else x
+        if self.path == "int8":
+            out = self._int8(x, *self.epilogue, residual)
+        else:
+            out = self._sums(x).mul_(self.epilogue[0]).add_(self.epilogue[1])
+            out = out if residual is None else out.add_(residual)
+            out = out.round_().clamp_(self.least, self.most) if self.target else out.clamp_(self.least, self.most)
+        return out.flatten(1) if self.linear else out
+
+    def _to_uint8(self, q: Tensor) -> Tensor:
+        # By way of int16: torch converts float32 to uint8 one value at a time, five times slower.
+        return (q.sub_(self.low) if self.low else q).to(torch.int16).to(torch.uint8)
+
+    def _sums(self, q: Tensor) -> Tensor:
+        """conv(q, weight) of integers in floats, exact, rounded once to float32."""
+        if len(self.parts) == 1:
+            return F.conv2d(q.to(self.parts[0].dtype), self.parts[0], **self.conv).float()
+        pairs = zip(q.split(self.part, 1), self.parts)
+        return sum(F.conv2d(some, part, **self.conv).to(torch.int32) for some, part in pairs).float()
+
+    def _int8(self, q: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor] = None) -> Tensor:
+        """conv(q, weight) * scale + shift, plus residual, clipped: float32, or the target's uint8."""
+        q = torch.cat([q, q], 1) if self.doubled else q
+        zero, kind = (-self.target.low, torch.uint8) if self.target else (0, torch.float32)
+        start = q, 1.0, -self.low, self.packed, scale, self.zeros
+        end = shift, *self.settings, 1.0, zero, kind
+        unary = "none" if self.limit is None else "relu", [], ""
+        if residual is None:
+            out = torch.ops.onednn.qconv2d_pointwise(*start, *end, *unary)
+        else:
+            out = torch.ops.onednn.qconv2d_pointwise.binary(*start, residual, *end, 1.0, 0, "sum", 1.0, *unary)
+        if self.target is None:
+            return out.clamp_(max=self.most) if self.most < math.inf else out
+        least, most = self.least + zero, self.most + zero
+        return out if (least, most) == (0, 255) else out.clamp_(least, most)
+
+
+@functools.cache
+def int8_saturates() -> bool:
+    """Whether oneDNN's int8 convolution saturates in int16 on this processor (those without VNNI)."""
+    q, ones, zeros = torch.full((1, 16, 4, 4), 255, dtype=torch.uint8), torch.ones(16), torch.zeros(16).long()
+    settings = [1, 1], [0, 0], [1, 1], 1
+    packed = torch.ops.onednn.qconv_prepack(torch.full((16, 16, 3, 3), 127, dtype=torch.int8), ones, 1.0, 0,
+                                            *settings)
+    sums = torch.ops.onednn.qconv2d_pointwise(q, 1.0, 0, packed, ones, zeros, None, *settings, 1.0, 0,
+                                              torch.float32, "none", [], "")
+    return bool((sums != 16 * 9 * 255 * 127).any())
 
 
 # ---- the layer table and what a policy costs ----
@@ -322,7 +450,7 @@ def quantize_model(classifier: nn.Module, image_size: int) -> list[Layer]:
                            module.stride[0] if conv else 1, x.shape[-1] if conv else 1, module.weight.numel(),
                            module.weight.numel() * positions, conv and module.groups == c_in > 1))
         norm = norm_of.get(module, nn.Identity())
-        _replace(body, names[module], QuantLayer(module, norm).to(device))
+        _replace(body, names[module], QuantLayer(module, norm, x.shape[1:]).to(device))
         if module in norm_of:
             _replace(body, names[norm], nn.Identity())
     with torch.no_grad():
@@ -451,37 +579,201 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float,
     return policy
 
 
+# ---- the integer network ----
+
+PATHS = ("int8", "float32", "float64")
+RELUS = {F.relu: math.inf, torch.relu: math.inf, "relu": math.inf, "relu_": math.inf, nn.ReLU: math.inf,
+         F.relu6: 6.0, nn.ReLU6: 6.0}
+ADDS = (operator.add, operator.iadd, torch.add)
+
+
+class LayerTracer(fx.Tracer):
+    """Traces a network down to its QuantLayers."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, QuantLayer) or super().is_leaf_module(module, name)
+
+
+def integer_network(classifier: nn.Module, batch: int = 2) -> nn.Module:
+    """The network as it is evaluated and certified: a frozen copy, in evaluation mode, on the same device.
+
+    Every quantized layer runs on the first of PATHS on which all of them are exact (`network.path`; "float"
+    if none is quantized: then the copy computes what the float network does). A layer takes over the sum and
+    the ReLU behind it, and rounds to the next layer's integers where that alone reads its output; networks
+    that torch.fx cannot trace run layer by layer. Predictions do not depend on the batch size. Exactness is
+    checked at batches of `batch`, which matters where kernels are chosen by it (GPUs). Raises RuntimeError
+    where no path is exact.
+    """
+    network = copy.deepcopy(classifier).eval()
+    for layer in quant_layers(network).values():
+        layer.freeze()
+    layers = [layer for layer in quant_layers(network).values() if layer.frozen]
+    exact = (path for path in PATHS if all(layer.use_path(path, batch) for layer in layers))
+    network.path = next(exact, None) if layers else "float"
+    if network.path is None:
+        raise RuntimeError("no way to convolve integers exactly on this device; use --device cpu")
+    if not layers:
+        return network
+    try:
+        graph = LayerTracer().trace(network)
+    except fx.proxy.TraceError:
+        fused = network
+    else:
+        fuse(graph, network)
+        fused = fx.GraphModule(network, graph).eval()
+        fused.path, fused._forward_pre_hooks = network.path, network._forward_pre_hooks  # who counts, counts on
+    for layer in layers:
+        layer.join()
+    return fused
+
+
+def fuse(graph: fx.Graph, network: nn.Module) -> None:
+    """Give each frozen layer the sum, ReLU and quantization that follow it, and take them out of the graph."""
+    modules = dict(network.named_modules())
+
+    def frozen(node) -> Optional[QuantLayer]:
+        layer = modules.get(node.target) if node.op == "call_module" else None
+        return layer if isinstance(layer, QuantLayer) and layer.frozen else None
+
+    def only_user(node):
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    for node in list(graph.nodes):
+        if type(modules.get(node.target)) in (nn.Identity, nn.Dropout):  # nothing, in evaluation
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    for node in list(graph.nodes):
+        layer, end, residual = frozen(node), node, None
+        if layer is None:
+            continue
+        after = only_user(node)
+        if after is not None and after.target in ADDS and len(after.all_input_nodes) == 2 and not after.kwargs:
+            other = next(part for part in after.all_input_nodes if part is not node)
+            # The sum overwrites the other part: nobody may read that later, nor may it be someone's view.
+            fresh = frozen(other) or other.target in (*ADDS, F.pad) or type(modules.get(other.target)) in (
+                nn.MaxPool2d, nn.ReLU)
+            if fresh and max(other.users) is after:
+                residual, end, after = other, after, only_user(after)
+        if after is not None:
+            kind = type(modules.get(after.target)) if after.op == "call_module" else after.target
+            if kind in RELUS:
+                layer.limit, end = RELUS[kind], after
+        if end is not node:
+            with graph.inserting_after(end):
+                fused = graph.call_module(node.target, (node.args[0], *[residual] * (residual is not None)))
+            end.replace_all_uses_with(fused)
+            for old in (end, *end.all_input_nodes, node):
+                if not old.users and old.op != "placeholder" and old in graph.nodes:
+                    graph.erase_node(old)
+            node = fused
+    for node in graph.nodes:
+        layer, reader = frozen(node), only_user(node)
+        if layer and reader and frozen(reader) and reader.args[0] is node and len(node.args) == 1:
+            layer.target, frozen(reader).ready = frozen(reader), True
+
+
 # ---- saved networks ----
 
-def save_model(path, classifier: Classifier, arch: str, image_size: int, policy: Policy, sigma: float,
-               dataset: str, classes: list[str]) -> None:
-    """Write a network with its policy and what is needed to rebuild it and certify it on the right images."""
-    option_a = isinstance(classifier.net, CifarResNet) and classifier.net.layer2[0].downsample is None
-    torch.save({"arch": arch, "image_size": image_size, "option_a": option_a, "sigma": sigma,
-                "policy": policy, "dataset": dataset, "classes": classes,
-                "state_dict": classifier.state_dict()}, path)
+MAGIC, VERSION = b"ARQ\n", 1
 
 
-def saved_options(path) -> dict:
-    """dataset, arch, image_size and sigma of a file that save_model wrote; empty for any other file."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: saved[name] for name in ("dataset", "arch", "image_size", "sigma")}
-    except Exception:  # not ours: the caller tries other layouts and reports
-        return {}
+def pack_bits(values: Tensor, bits: int) -> bytes:
+    """Symmetric integers of so many bits, shifted to start at 0, one after the other, lowest bit first."""
+    shifted = values.flatten().cpu().to(torch.int16) + (2 ** (bits - 1) - 1)
+    planes = (shifted[:, None] >> torch.arange(bits, dtype=torch.int16)) & 1
+    octets = F.pad(planes.flatten(), (0, -planes.numel() % 8)).view(-1, 8)
+    return (octets << torch.arange(8, dtype=torch.int16)).sum(1).to(torch.uint8).numpy().tobytes()
+
+
+def unpack_bits(data: bytes, count: int, bits: int) -> Tensor:
+    """What pack_bits packed: int8 (count,)."""
+    octets = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(torch.int16)
+    planes = ((octets[:, None] >> torch.arange(8, dtype=torch.int16)) & 1).flatten()[:count * bits]
+    shifted = (planes.view(count, bits) << torch.arange(bits, dtype=torch.int16)).sum(1)
+    return (shifted - (2 ** (bits - 1) - 1)).to(torch.int8)
+
+
+def pack_model(classifier: Classifier, table: list[Layer], description: dict) -> bytes:
+    """A network as one file: integers at their own widths, what their epilogues need, and a description.
+
+    description: arch, image_size, sigma, dataset and classes; the rest is read off the network. In order:
+    MAGIC; version and length of the header; the header, JSON; for each layer of the table the weights, packed,
+    then a_step, scale and shift in float32 (for a layer of 32 bits all its tensors); SHA-256 of all that.
+    """
+    classifier = copy.deepcopy(classifier)
+    layers = quant_layers(classifier)
+    layers = [layers[row.name] for row in table]
+    header = {**description, "policy": [[layer.w_bits, layer.a_bits] for layer in layers],
+              "signed": [int(layer.signed) for layer in layers],
+              "mean": classifier.mean.flatten().tolist(), "std": classifier.std.flatten().tolist(),
+              "option_a": isinstance(classifier.net, CifarResNet) and classifier.net.layer2[0].downsample is None}
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    data = [MAGIC, struct.pack("<HI", VERSION, len(text)), text]
+    for layer in layers:
+        layer.freeze()
+        tensors = float_tensors(layer)
+        if layer.frozen:
+            data.append(pack_bits(layer.weight, layer.w_bits))
+        data += [part.detach().cpu().numpy().astype("<f4").tobytes() for part in tensors]
+    data.append(hashlib.sha256(b"".join(data)).digest())
+    return b"".join(data)
+
+
+def float_tensors(layer: QuantLayer) -> list[Tensor]:
+    """What a file keeps of a layer in float32, besides packed weights."""
+    if layer.frozen:
+        return [layer.a_step, layer.scale, layer.shift]
+    norm = layer.norm
+    return [layer.weight, *[layer.bias] * (layer.bias is not None),
+            *([] if isinstance(norm, nn.Identity) else [norm.weight, norm.bias, norm.running_mean,
+                                                        norm.running_var])]
+
+
+def read_packed(path) -> Optional[tuple[dict, bytes]]:
+    """Header and tensors of a file of pack_model; None for other files. Raises ValueError for a broken one."""
+    data = Path(path).read_bytes()
+    if data[:len(MAGIC)] != MAGIC:
+        return None
+    version, length = struct.unpack_from("<HI", data.ljust(10, b"\0"), 4)
+    if version > VERSION:
+        raise ValueError(f"{path} has version {version} of the format, or was altered; this program reads "
+                         f"version {VERSION}: use a newer one")
+    if len(data) < 42 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise ValueError(f"{path} was truncated or altered: its checksum is wrong; copy it again")
+    return json.loads(data[10:10 + length]), data[10 + length:-32]
 
 
 def load_model(path) -> tuple[Classifier, list[Layer], dict]:
-    """What save_model wrote: quantized classifier in evaluation mode, layer table and the file's entries."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        classifier = build_classifier(saved["arch"], len(saved["classes"]), option_a=saved["option_a"])
-        table = quantize_model(classifier, saved["image_size"])
-        set_policy(classifier, saved["policy"])
-        classifier.load_state_dict(saved["state_dict"])
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load and the dictionary raise many kinds for other files
-        raise ValueError(f"{path}: not a network saved by this program "
-                         f"({str(error).splitlines()[0][:80]})") from None
+    """What pack_model made of a network: frozen classifier (for `integer_network`), layer table, description.
+
+    The description's policy is by layer name. Raises ValueError unless the file is whole and of this version.
+    """
+    found = read_packed(path)
+    if found is None:
+        raise ValueError(f"{path}: not a network saved by this program")
+    saved, data = found
+    classifier = build_classifier(saved["arch"], len(saved["classes"]), saved["mean"], saved["std"],
+                                  saved["option_a"])
+    table, place = quantize_model(classifier, saved["image_size"]), 0
+
+    def take(size: int) -> bytes:
+        nonlocal place
+        place += size
+        return data[place - size:place]
+
+    def floats(like: Tensor) -> Tensor:
+        return torch.frombuffer(bytearray(take(4 * like.numel())), dtype=torch.float32).view(like.shape)
+
+    for row, (w_bits, a_bits), signed in zip(table, saved["policy"], saved["signed"]):
+        layer = quant_layers(classifier)[row.name]
+        layer.w_bits, layer.a_bits, layer.signed = w_bits, a_bits, bool(signed)
+        if w_bits == FLOAT_BITS:
+            with torch.no_grad():
+                for tensor in float_tensors(layer):
+                    tensor.copy_(floats(tensor))
+        else:
+            packed = unpack_bits(take(math.ceil(row.weights * w_bits / 8)), row.weights, w_bits)
+            layer.set_integers(packed.view(layer.weight.shape), floats(layer.a_step), floats(layer.w_step),
+                               floats(layer.w_step))
+    saved["policy"] = dict(zip((row.name for row in table), saved["policy"]))
     return classifier.eval(), table, saved
