@@ -230,12 +230,8 @@ class QuantLayer(nn.Module):
         self.signed = False  # a Python value, so that a GPU need not be asked for it at every layer
         self.w_bits = self.a_bits = FLOAT_BITS
         self.frozen = False
-        # In an integer network: what follows the epilogue (the limit of a ReLU, the layer whose input this
-        # is alone, which then gets integers), and whether this layer's own input comes as integers.
-        self.limit: Optional[float] = None
-        self.target: Optional[QuantLayer] = None
-        self.ready = False
-        self.least, self.most = -math.inf, math.inf
+        self.limit: Optional[float] = None  # of the ReLU that an integer network has merged into the layer
+        self.ready = False                  # whether the input comes as integers there
 
     def get_extra_state(self) -> bool:
         """Carries `signed` in the state dict."""
@@ -309,7 +305,6 @@ class QuantLayer(nn.Module):
                 self.settings = [list(self.conv[name]) for name in ("stride", "padding", "dilation")] + [groups]
                 self.ones, self.zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
                 self.packed = torch.ops.onednn.qconv_prepack(weight, self.ones, 1.0, -self.low, *self.settings)
-                sums = self._int8(self._to_uint8(q), self.ones, 0 * self.ones)
             else:
                 norm = weight.double().abs().sum((2, 3)) * max(-self.low, self.high)          # c_out, channels
                 limit = 2 ** 24 if path == "float32" else 2 ** 53
@@ -318,64 +313,66 @@ class QuantLayer(nn.Module):
                 if self.part < norm.shape[1] and groups > 1:
                     return False
                 self.parts = weight.to(getattr(torch, path)).split(self.part, 1)
-                sums = self._sums(q)
+            return torch.equal(self.sums(q).cpu(), exact.repeat(copies, 1, 1, 1))
         except (RuntimeError, TypeError, AttributeError):  # not in this torch, or not on this device
             return False
-        return torch.equal(sums.cpu(), exact.repeat(copies, 1, 1, 1))
 
-    def join(self) -> None:
-        """Fix epilogue and clipping: the next layer's step and range, if it takes this output as integers."""
-        self.epilogue = self.scale, self.shift
-        if self.limit is not None:
+    def join(self, target: Optional["QuantLayer"]) -> None:
+        """Fix what follows the sums: floats; or, if target alone reads them, its step, rounding and range."""
+        relu, self.rounds, self.zero = self.limit is not None, target is not None, 0
+        self.epilogue, self.least, self.most = (self.scale, self.shift), -math.inf, math.inf
+        if relu:
             self.least, self.most = 0.0, self.limit
-        if self.target is not None:
-            step = self.target.a_step
-            self.epilogue, most = (self.scale / step, self.shift / step), torch.round(self.most / step)
-            self.least, self.most = max(self.target.low, self.least), min(self.target.high, float(most))
-        if self.path != "int8":
+        if self.rounds:
+            self.epilogue, most = (self.scale / target.a_step, self.shift / target.a_step), self.most
+            most = min(target.high, float(torch.round(most / target.a_step)))
+            self.zero = -target.low if self.path == "int8" else 0
+            self.least, self.most = max(target.low, self.least) + self.zero, most + self.zero
+        if self.path == "int8":  # the kernel rounds, saturates at 0 and 255, and has a ReLU
+            self.unary, done = "relu" if relu else "none", (0, 255) if self.rounds else (0, math.inf)
+            self.clips = (relu or self.rounds) and (self.least, self.most) != done
+        else:
             self.epilogue = tuple(part[:, None, None] for part in self.epilogue)
+            self.clips = relu or self.rounds
 
     def _integers(self, x: Tensor, residual: Optional[Tensor]) -> Tensor:
-        """Integers in, unless x is; out the sums' epilogue, plus residual (overwritten), clipped, in floats or
-        as the target's integers."""
+        """The frozen layer. residual is added to the epilogue, and may be overwritten."""
         x = x[:, :, None, None] if self.linear else x
         if not self.ready:
             x = quantize(x, self.a_step, self.low, self.high)
             x = self._to_uint8(x) if self.path == "int8" else x
         if self.path == "int8":
-            out = self._int8(x, *self.epilogue, residual)
+            out = self._int8(x, *self.epilogue, residual, self.unary, self.rounds)
         else:
-            out = self._sums(x).mul_(self.epilogue[0]).add_(self.epilogue[1])
+            out = self._floats(x).mul_(self.epilogue[0]).add_(self.epilogue[1])
             out = out if residual is None else out.add_(residual)
-            out = out.round_().clamp_(self.least, self.most) if self.target else out.clamp_(self.least, self.most)
+            out = out.round_() if self.rounds else out
+        out = out.clamp_(self.least, self.most) if self.clips else out
         return out.flatten(1) if self.linear else out
+
+    def sums(self, q: Tensor) -> Tensor:
+        """conv(q, weight) for integers q given as floats: exact, rounded to float32 once."""
+        return self._int8(self._to_uint8(q), self.ones, 0 * self.ones) if self.path == "int8" else self._floats(q)
 
     def _to_uint8(self, q: Tensor) -> Tensor:
         # By way of int16: torch converts float32 to uint8 one value at a time, five times slower.
-        return (q.sub_(self.low) if self.low else q).to(torch.int16).to(torch.uint8)
+        return (q - self.low if self.low else q).to(torch.int16).to(torch.uint8)
 
-    def _sums(self, q: Tensor) -> Tensor:
-        """conv(q, weight) of integers in floats, exact, rounded once to float32."""
+    def _floats(self, q: Tensor) -> Tensor:
         if len(self.parts) == 1:
             return F.conv2d(q.to(self.parts[0].dtype), self.parts[0], **self.conv).float()
         pairs = zip(q.split(self.part, 1), self.parts)
         return sum(F.conv2d(some, part, **self.conv).to(torch.int32) for some, part in pairs).float()
 
-    def _int8(self, q: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor] = None) -> Tensor:
-        """conv(q, weight) * scale + shift, plus residual, clipped: float32, or the target's uint8."""
+    def _int8(self, q: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor] = None,
+              unary: str = "none", rounds: bool = False) -> Tensor:
         q = torch.cat([q, q], 1) if self.doubled else q
-        zero, kind = (-self.target.low, torch.uint8) if self.target else (0, torch.float32)
-        start = q, 1.0, -self.low, self.packed, scale, self.zeros
-        end = shift, *self.settings, 1.0, zero, kind
-        unary = "none" if self.limit is None else "relu", [], ""
+        begin = q, 1.0, -self.low, self.packed, scale, self.zeros
+        kind = (self.zero, torch.uint8) if rounds else (0, torch.float32)
         if residual is None:
-            out = torch.ops.onednn.qconv2d_pointwise(*start, *end, *unary)
-        else:
-            out = torch.ops.onednn.qconv2d_pointwise.binary(*start, residual, *end, 1.0, 0, "sum", 1.0, *unary)
-        if self.target is None:
-            return out.clamp_(max=self.most) if self.most < math.inf else out
-        least, most = self.least + zero, self.most + zero
-        return out if (least, most) == (0, 255) else out.clamp_(least, most)
+            return torch.ops.onednn.qconv2d_pointwise(*begin, shift, *self.settings, 1.0, *kind, unary, [], "")
+        return torch.ops.onednn.qconv2d_pointwise.binary(*begin, residual, shift, *self.settings, 1.0, *kind, 1.0,
+                                                         0, "sum", 1.0, unary, [], "")
 
 
 @functools.cache
@@ -617,19 +614,20 @@ def integer_network(classifier: nn.Module, batch: int = 2) -> nn.Module:
     try:
         graph = LayerTracer().trace(network)
     except fx.proxy.TraceError:
-        fused = network
+        fused, targets = network, {}
     else:
-        fuse(graph, network)
+        targets = fuse(graph, network)
         fused = fx.GraphModule(network, graph).eval()
         fused.path, fused._forward_pre_hooks = network.path, network._forward_pre_hooks  # who counts, counts on
     for layer in layers:
-        layer.join()
+        layer.join(targets.get(layer))
     return fused
 
 
-def fuse(graph: fx.Graph, network: nn.Module) -> None:
-    """Give each frozen layer the sum, ReLU and quantization that follow it, and take them out of the graph."""
-    modules = dict(network.named_modules())
+def fuse(graph: fx.Graph, network: nn.Module) -> dict[QuantLayer, QuantLayer]:
+    """Merge into each frozen layer the sum and the ReLU that follow it. Returns, for layers whose output one
+    other layer alone reads, that layer."""
+    modules, targets = dict(network.named_modules()), {}
 
     def frozen(node) -> Optional[QuantLayer]:
         layer = modules.get(node.target) if node.op == "call_module" else None
@@ -669,7 +667,9 @@ def fuse(graph: fx.Graph, network: nn.Module) -> None:
     for node in graph.nodes:
         layer, reader = frozen(node), only_user(node)
         if layer and reader and frozen(reader) and reader.args[0] is node and len(node.args) == 1:
-            layer.target, frozen(reader).ready = frozen(reader), True
+            targets[layer] = frozen(reader)
+            targets[layer].ready = True
+    return targets
 
 
 # ---- saved networks ----
