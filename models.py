@@ -52,7 +52,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(c_out)
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
-        self.pad, self.stride = (c_out - c_in) // 2, stride
+        self.pad, self.stride, self.option_a = (c_out - c_in) // 2, stride, option_a
         self.downsample = None
         if c_in != c_out and not option_a:
             self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False),
@@ -287,15 +287,16 @@ class QuantLayer(nn.Module):
         float32: integers in floats, over as many channels at a time as keep every partial sum below 2^24.
         float64: for devices that multiply otherwise (Winograd, FFT), which the comparison below finds out.
         """
-        self.path, groups, device = path, self.conv["groups"], self.weight.device
+        self.path, groups = path, self.conv["groups"]
         self.low, self.high = integer_range(self.a_bits, self.signed)
         weight = self.weight[:, :, None, None] if self.linear else self.weight
-        q = torch.randint(self.low, self.high + 1, (2, *self.in_shape))  # random, then extreme inputs
-        q[1] = torch.where(q[1] < q[1].float().mean(), self.low, self.high)
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randint(self.low, self.high + 1, (2, *self.in_shape), generator=generator)
+        q[1] = torch.where(q[1] > (self.low + self.high) // 2, self.high, self.low)  # extreme inputs
         q[1, :, :(self.in_shape[1] + 1) // 2] = self.high
-        exact = F.conv2d(q.double(), weight.double().cpu(), **self.conv).float()
         copies = max(1, batch // 2)
-        q = q.float().to(device, memory_format=torch.channels_last).repeat(copies, 1, 1, 1)
+        exact = F.conv2d(q.double(), weight.double().cpu(), **self.conv).float().repeat(copies, 1, 1, 1)
+        q = q.float().to(weight.device, memory_format=torch.channels_last).repeat(copies, 1, 1, 1)
         try:
             if path == "int8":
                 pair = 2 * (self.high - self.low) * int(weight.abs().max())
@@ -303,37 +304,35 @@ class QuantLayer(nn.Module):
                 if self.doubled:
                     weight = torch.cat([weight // 2, weight - weight // 2], 1)
                 self.settings = [list(self.conv[name]) for name in ("stride", "padding", "dilation")] + [groups]
-                self.ones, self.zeros = torch.ones(len(weight)), torch.zeros(len(weight), dtype=torch.int64)
+                self.ones = torch.ones(len(weight))
                 self.packed = torch.ops.onednn.qconv_prepack(weight, self.ones, 1.0, -self.low, *self.settings)
             else:
                 norm = weight.double().abs().sum((2, 3)) * max(-self.low, self.high)          # c_out, channels
                 limit = 2 ** 24 if path == "float32" else 2 ** 53
                 self.part = next(size for size in range(norm.shape[1], 0, -1)
                                  if all(some.sum(1).max() < limit for some in norm.split(size, 1)))
-                if self.part < norm.shape[1] and groups > 1:
-                    return False
                 self.parts = weight.to(getattr(torch, path)).split(self.part, 1)
-            return torch.equal(self.sums(q).cpu(), exact.repeat(copies, 1, 1, 1))
+                if len(self.parts) > 1 and groups > 1:
+                    return False
+            return torch.equal(self.sums(q).cpu(), exact)
         except (RuntimeError, TypeError, AttributeError):  # not in this torch, or not on this device
             return False
 
     def join(self, target: Optional["QuantLayer"]) -> None:
         """Fix what follows the sums: floats; or, if target alone reads them, its step, rounding and range."""
-        relu, self.rounds, self.zero = self.limit is not None, target is not None, 0
-        self.epilogue, self.least, self.most = (self.scale, self.shift), -math.inf, math.inf
-        if relu:
-            self.least, self.most = 0.0, self.limit
+        self.rounds, self.zero, self.epilogue = target is not None, 0, (self.scale, self.shift)
+        self.least, self.most = (-math.inf, math.inf) if self.limit is None else (0.0, self.limit)
         if self.rounds:
-            self.epilogue, most = (self.scale / target.a_step, self.shift / target.a_step), self.most
-            most = min(target.high, float(torch.round(most / target.a_step)))
+            self.epilogue = self.scale / target.a_step, self.shift / target.a_step
             self.zero = -target.low if self.path == "int8" else 0
-            self.least, self.most = max(target.low, self.least) + self.zero, most + self.zero
+            self.least = max(target.low, self.least) + self.zero
+            self.most = min(target.high, float(torch.round(self.most / target.a_step))) + self.zero
+        done = (-math.inf, math.inf)
         if self.path == "int8":  # the kernel rounds, saturates at 0 and 255, and has a ReLU
-            self.unary, done = "relu" if relu else "none", (0, 255) if self.rounds else (0, math.inf)
-            self.clips = (relu or self.rounds) and (self.least, self.most) != done
+            done = (0, 255) if self.rounds else (self.least, math.inf)
         else:
             self.epilogue = tuple(part[:, None, None] for part in self.epilogue)
-            self.clips = relu or self.rounds
+        self.clips = (self.least, self.most) != done
 
     def _integers(self, x: Tensor, residual: Optional[Tensor]) -> Tensor:
         """The frozen layer. residual is added to the epilogue, and may be overwritten."""
@@ -342,7 +341,7 @@ class QuantLayer(nn.Module):
             x = quantize(x, self.a_step, self.low, self.high)
             x = self._to_uint8(x) if self.path == "int8" else x
         if self.path == "int8":
-            out = self._int8(x, *self.epilogue, residual, self.unary, self.rounds)
+            out = self._int8(x, *self.epilogue, residual, self.limit is not None, self.rounds)
         else:
             out = self._floats(x).mul_(self.epilogue[0]).add_(self.epilogue[1])
             out = out if residual is None else out.add_(residual)
@@ -365,25 +364,24 @@ class QuantLayer(nn.Module):
         return sum(F.conv2d(some, part, **self.conv).to(torch.int32) for some, part in pairs).float()
 
     def _int8(self, q: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor] = None,
-              unary: str = "none", rounds: bool = False) -> Tensor:
-        q = torch.cat([q, q], 1) if self.doubled else q
-        begin = q, 1.0, -self.low, self.packed, scale, self.zeros
-        kind = (self.zero, torch.uint8) if rounds else (0, torch.float32)
+              relu: bool = False, rounds: bool = False) -> Tensor:
+        q, op = torch.cat([q, q], 1) if self.doubled else q, torch.ops.onednn.qconv2d_pointwise
+        begin = q, 1.0, -self.low, self.packed, scale, torch.zeros_like(scale, dtype=torch.int64)
+        middle = shift, *self.settings, 1.0, *((self.zero, torch.uint8) if rounds else (0, torch.float32))
+        end = "relu" if relu else "none", [], ""
         if residual is None:
-            return torch.ops.onednn.qconv2d_pointwise(*begin, shift, *self.settings, 1.0, *kind, unary, [], "")
-        return torch.ops.onednn.qconv2d_pointwise.binary(*begin, residual, shift, *self.settings, 1.0, *kind, 1.0,
-                                                         0, "sum", 1.0, unary, [], "")
+            return op(*begin, *middle, *end)
+        return op.binary(*begin, residual, *middle, 1.0, 0, "sum", 1.0, *end)
 
 
 @functools.cache
 def int8_saturates() -> bool:
     """Whether oneDNN's int8 convolution saturates in int16 on this processor (those without VNNI)."""
-    q, ones, zeros = torch.full((1, 16, 4, 4), 255, dtype=torch.uint8), torch.ones(16), torch.zeros(16).long()
-    settings = [1, 1], [0, 0], [1, 1], 1
-    packed = torch.ops.onednn.qconv_prepack(torch.full((16, 16, 3, 3), 127, dtype=torch.int8), ones, 1.0, 0,
-                                            *settings)
-    sums = torch.ops.onednn.qconv2d_pointwise(q, 1.0, 0, packed, ones, zeros, None, *settings, 1.0, 0,
-                                              torch.float32, "none", [], "")
+    q, weight = torch.full((1, 16, 4, 4), 255), torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
+    ones, settings = torch.ones(16), ([1, 1], [0, 0], [1, 1], 1)
+    packed = torch.ops.onednn.qconv_prepack(weight, ones, 1.0, 0, *settings)
+    sums = torch.ops.onednn.qconv2d_pointwise(q.to(torch.uint8), 1.0, 0, packed, ones, 0 * ones.long(), None,
+                                              *settings, 1.0, 0, torch.float32, "none", [], "")
     return bool((sums != 16 * 9 * 255 * 127).any())
 
 
@@ -579,8 +577,7 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float,
 # ---- the integer network ----
 
 PATHS = ("int8", "float32", "float64")
-RELUS = {F.relu: math.inf, torch.relu: math.inf, "relu": math.inf, "relu_": math.inf, nn.ReLU: math.inf,
-         F.relu6: 6.0, nn.ReLU6: 6.0}
+RELUS = {F.relu: math.inf, torch.relu: math.inf, nn.ReLU: math.inf, nn.ReLU6: 6.0}
 ADDS = (operator.add, operator.iadd, torch.add)
 
 
@@ -595,7 +592,7 @@ def integer_network(classifier: nn.Module, batch: int = 2) -> nn.Module:
     """The network as it is evaluated and certified: a frozen copy, in evaluation mode, on the same device.
 
     Every quantized layer runs on the first of PATHS on which all of them are exact (`network.path`; "float"
-    if none is quantized: then the copy computes what the float network does). A layer takes over the sum and
+    if none is quantized: the copy then computes what the float network does). A layer takes over the sum and
     the ReLU behind it, and rounds to the next layer's integers where that alone reads its output; networks
     that torch.fx cannot trace run layer by layer. Predictions do not depend on the batch size. Exactness is
     checked at batches of `batch`, which matters where kernels are chosen by it (GPUs). Raises RuntimeError
@@ -605,26 +602,24 @@ def integer_network(classifier: nn.Module, batch: int = 2) -> nn.Module:
     for layer in quant_layers(network).values():
         layer.freeze()
     layers = [layer for layer in quant_layers(network).values() if layer.frozen]
-    exact = (path for path in PATHS if all(layer.use_path(path, batch) for layer in layers))
-    network.path = next(exact, None) if layers else "float"
-    if network.path is None:
+    path = next((path for path in PATHS if all(layer.use_path(path, batch) for layer in layers)), None)
+    if path is None:
         raise RuntimeError("no way to convolve integers exactly on this device; use --device cpu")
-    if not layers:
-        return network
+    targets = {}
     try:
         graph = LayerTracer().trace(network)
+        targets, hooks = merge(graph, network), network._forward_pre_hooks
+        network = fx.GraphModule(network, graph).eval() if layers else network
+        network._forward_pre_hooks = hooks  # whoever counts the images counts on
     except fx.proxy.TraceError:
-        fused, targets = network, {}
-    else:
-        targets = fuse(graph, network)
-        fused = fx.GraphModule(network, graph).eval()
-        fused.path, fused._forward_pre_hooks = network.path, network._forward_pre_hooks  # who counts, counts on
+        pass
     for layer in layers:
         layer.join(targets.get(layer))
-    return fused
+    network.path = path if layers else "float"
+    return network
 
 
-def fuse(graph: fx.Graph, network: nn.Module) -> dict[QuantLayer, QuantLayer]:
+def merge(graph: fx.Graph, network: nn.Module) -> dict[QuantLayer, QuantLayer]:
     """Merge into each frozen layer the sum and the ReLU that follow it. Returns, for layers whose output one
     other layer alone reads, that layer."""
     modules, targets = dict(network.named_modules()), {}
@@ -636,39 +631,34 @@ def fuse(graph: fx.Graph, network: nn.Module) -> dict[QuantLayer, QuantLayer]:
     def only_user(node):
         return next(iter(node.users)) if len(node.users) == 1 else None
 
+    def replace(old, new) -> None:
+        old.replace_all_uses_with(new)
+        graph.erase_node(old)
+
     for node in list(graph.nodes):
         if type(modules.get(node.target)) in (nn.Identity, nn.Dropout):  # nothing, in evaluation
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    for node in list(graph.nodes):
-        layer, end, residual = frozen(node), node, None
-        if layer is None:
-            continue
+            replace(node, node.args[0])
+    for node in filter(frozen, list(graph.nodes)):
         after = only_user(node)
-        if after is not None and after.target in ADDS and len(after.all_input_nodes) == 2 and not after.kwargs:
+        if after and after.target in ADDS and len(after.all_input_nodes) == 2 and not after.kwargs:
             other = next(part for part in after.all_input_nodes if part is not node)
             # The sum overwrites the other part: nobody may read that later, nor may it be someone's view.
-            fresh = frozen(other) or other.target in (*ADDS, F.pad) or type(modules.get(other.target)) in (
-                nn.MaxPool2d, nn.ReLU)
+            fresh = frozen(other) or other.target in (*ADDS, F.pad, F.relu) or isinstance(
+                modules.get(other.target), (nn.MaxPool2d, nn.ReLU))
             if fresh and max(other.users) is after:
-                residual, end, after = other, after, only_user(after)
-        if after is not None:
-            kind = type(modules.get(after.target)) if after.op == "call_module" else after.target
-            if kind in RELUS:
-                layer.limit, end = RELUS[kind], after
-        if end is not node:
-            with graph.inserting_after(end):
-                fused = graph.call_module(node.target, (node.args[0], *[residual] * (residual is not None)))
-            end.replace_all_uses_with(fused)
-            for old in (end, *end.all_input_nodes, node):
-                if not old.users and old.op != "placeholder" and old in graph.nodes:
-                    graph.erase_node(old)
-            node = fused
-    for node in graph.nodes:
-        layer, reader = frozen(node), only_user(node)
-        if layer and reader and frozen(reader) and reader.args[0] is node and len(node.args) == 1:
-            targets[layer] = frozen(reader)
-            targets[layer].ready = True
+                after.prepend(node)  # runs once both parts are there
+                node.args = (node.args[0], other)
+                replace(after, node)
+                after = only_user(node)
+        kind = after and (after.target if after.op == "call_function" else type(modules.get(after.target)))
+        if kind in RELUS:
+            frozen(node).limit = RELUS[kind]
+            replace(after, node)
+    for node in filter(frozen, graph.nodes):
+        reader = only_user(node)
+        if reader and frozen(reader) and reader.args[0] is node and len(node.args) == 1:
+            targets[frozen(node)] = frozen(reader)
+            frozen(reader).ready = True
     return targets
 
 
@@ -694,51 +684,41 @@ def unpack_bits(data: bytes, count: int, bits: int) -> Tensor:
 
 
 def pack_model(classifier: Classifier, table: list[Layer], description: dict) -> bytes:
-    """A network as one file: integers at their own widths, what their epilogues need, and a description.
+    """A quantized network as one file: integers at their own widths, their epilogues and a description.
 
     description: arch, image_size, sigma, dataset and classes; the rest is read off the network. In order:
     MAGIC; version and length of the header; the header, JSON; for each layer of the table the weights, packed,
-    then a_step, scale and shift in float32 (for a layer of 32 bits all its tensors); SHA-256 of all that.
+    then a_step, scale and shift in float32; SHA-256 of all that. Raises ValueError for a layer of 32 bits.
     """
     classifier = copy.deepcopy(classifier)
-    layers = quant_layers(classifier)
-    layers = [layers[row.name] for row in table]
+    layers = [quant_layers(classifier)[row.name] for row in table]
+    if any(layer.w_bits == FLOAT_BITS for layer in layers):
+        raise ValueError("a layer of 32 bits has no integers; keep the float network's state_dict instead")
     header = {**description, "policy": [[layer.w_bits, layer.a_bits] for layer in layers],
               "signed": [int(layer.signed) for layer in layers],
               "mean": classifier.mean.flatten().tolist(), "std": classifier.std.flatten().tolist(),
-              "option_a": isinstance(classifier.net, CifarResNet) and classifier.net.layer2[0].downsample is None}
+              "option_a": getattr(getattr(classifier.net, "layer2", [None])[0], "option_a", False)}
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     data = [MAGIC, struct.pack("<HI", VERSION, len(text)), text]
     for layer in layers:
         layer.freeze()
-        tensors = float_tensors(layer)
-        if layer.frozen:
-            data.append(pack_bits(layer.weight, layer.w_bits))
-        data += [part.detach().cpu().numpy().astype("<f4").tobytes() for part in tensors]
+        data.append(pack_bits(layer.weight, layer.w_bits))
+        floats = torch.cat([layer.a_step.view(1), layer.scale, layer.shift]).cpu()
+        data.append(floats.numpy().astype("<f4").tobytes())
     data.append(hashlib.sha256(b"".join(data)).digest())
     return b"".join(data)
-
-
-def float_tensors(layer: QuantLayer) -> list[Tensor]:
-    """What a file keeps of a layer in float32, besides packed weights."""
-    if layer.frozen:
-        return [layer.a_step, layer.scale, layer.shift]
-    norm = layer.norm
-    return [layer.weight, *[layer.bias] * (layer.bias is not None),
-            *([] if isinstance(norm, nn.Identity) else [norm.weight, norm.bias, norm.running_mean,
-                                                        norm.running_var])]
 
 
 def read_packed(path) -> Optional[tuple[dict, bytes]]:
     """Header and tensors of a file of pack_model; None for other files. Raises ValueError for a broken one."""
     data = Path(path).read_bytes()
-    if data[:len(MAGIC)] != MAGIC:
+    if data[:4] != MAGIC:
         return None
     version, length = struct.unpack_from("<HI", data.ljust(10, b"\0"), 4)
     if version > VERSION:
-        raise ValueError(f"{path} has version {version} of the format, or was altered; this program reads "
-                         f"version {VERSION}: use a newer one")
-    if len(data) < 42 or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise ValueError(f"{path} has version {version} of its format, or was altered, where this program "
+                         f"reads version {VERSION}; use a newer one")
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise ValueError(f"{path} was truncated or altered: its checksum is wrong; copy it again")
     return json.loads(data[10:10 + length]), data[10 + length:-32]
 
@@ -754,26 +734,13 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
     saved, data = found
     classifier = build_classifier(saved["arch"], len(saved["classes"]), saved["mean"], saved["std"],
                                   saved["option_a"])
-    table, place = quantize_model(classifier, saved["image_size"]), 0
-
-    def take(size: int) -> bytes:
-        nonlocal place
-        place += size
-        return data[place - size:place]
-
-    def floats(like: Tensor) -> Tensor:
-        return torch.frombuffer(bytearray(take(4 * like.numel())), dtype=torch.float32).view(like.shape)
-
+    table = quantize_model(classifier, saved["image_size"])
     for row, (w_bits, a_bits), signed in zip(table, saved["policy"], saved["signed"]):
-        layer = quant_layers(classifier)[row.name]
+        layer, size = quant_layers(classifier)[row.name], math.ceil(row.weights * w_bits / 8)
         layer.w_bits, layer.a_bits, layer.signed = w_bits, a_bits, bool(signed)
-        if w_bits == FLOAT_BITS:
-            with torch.no_grad():
-                for tensor in float_tensors(layer):
-                    tensor.copy_(floats(tensor))
-        else:
-            packed = unpack_bits(take(math.ceil(row.weights * w_bits / 8)), row.weights, w_bits)
-            layer.set_integers(packed.view(layer.weight.shape), floats(layer.a_step), floats(layer.w_step),
-                               floats(layer.w_step))
+        floats = torch.frombuffer(bytearray(data[size:]), dtype=torch.float32, count=1 + 2 * row.c_out)
+        layer.set_integers(unpack_bits(data[:size], row.weights, w_bits).view(layer.weight.shape), floats[0],
+                           *floats[1:].split(row.c_out))
+        data = data[size + 4 * len(floats):]
     saved["policy"] = dict(zip((row.name for row in table), saved["policy"]))
     return classifier.eval(), table, saved
