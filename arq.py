@@ -24,7 +24,6 @@ import math
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator, Optional
@@ -47,7 +46,7 @@ RADII = (0.0, 0.25, 0.5, 0.75)
 IN_MEMORY_BYTES = 2 ** 31
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Something the user gave cannot work; the message says what, where, and what to do instead."""
 
 
@@ -146,8 +145,8 @@ def complete_config(config: Config) -> Config:
         path = getattr(config, name)
         if path is not None and not Path(path).is_file():
             raise InputError(f"{flag(name)} {path}: no such file")
-    saved = read_saved(config.evaluate)[0] if config.evaluate else {}
-    saved = {name: saved[name] for name in SAVED_OPTIONS if name in saved}
+    packed = models.read_packed(config.evaluate) if config.evaluate else None
+    saved = {name: packed[0][name] for name in SAVED_OPTIONS} if packed else {}
     for name in ("arch", "image_size"):
         if name in saved and getattr(config, name) not in (None, saved[name]):
             raise InputError(f"--evaluate {config.evaluate} has {flag(name)} {saved[name]}; omit it")
@@ -184,14 +183,6 @@ def complete_config(config: Config) -> Config:
             source = f"evaluate-{Path(config.evaluate).resolve().parent.name}-{Path(config.evaluate).stem}"
         config.out = f"runs/{config.dataset}-{config.arch}-sigma{config.sigma:g}-{source}-seed{config.seed}"
     return config
-
-
-def read_saved(path: str) -> tuple:
-    """Description and tensors of a file that pack_model made; an empty one for others. Raises InputError."""
-    try:
-        return models.read_packed(path) or ({}, b"")
-    except ValueError as error:
-        raise InputError(str(error)) from None
 
 
 def pick_device(name: str) -> str:
@@ -266,8 +257,7 @@ class ImageSet:
         """uint8 images (len(indices), 3, S, S)."""
         if self.pixels is not None:
             return self.pixels[torch.as_tensor(indices)]
-        with ThreadPoolExecutor() as pool:
-            return torch.stack(list(pool.map(lambda i: read_image(self.paths[i], self.size), indices)))
+        return torch.stack([read_image(self.paths[i], self.size) for i in indices])
 
     def batch(self, indices, device="cpu") -> Tensor:
         """Float images (len(indices), 3, S, S) in [0, 1]."""
@@ -545,11 +535,8 @@ def build_base(config: Config, num_classes: int, path: Path) -> Classifier:
     """The float base classifier: --checkpoint, one trained earlier at `path`, or a new one to be trained."""
     mean, std = config.mean, config.std
     if config.checkpoint is not None:
-        try:
-            base = models.load_base_checkpoint(config.checkpoint, config.arch, num_classes, mean, std)
-        except ValueError as error:
-            raise InputError(str(error)) from None
-        return prepare(base, config)
+        return prepare(models.load_base_checkpoint(config.checkpoint, config.arch, num_classes, mean, std),
+                       config)
     small = config.image_size <= 64
     mean = mean or (models.CIFAR10_MEAN if small else models.IMAGENET_MEAN)
     std = std or (models.CIFAR10_STD if small else models.IMAGENET_STD)
@@ -620,10 +607,7 @@ def certify_images(classifier: Classifier, images: ImageSet, config: Config, pat
     key = NoiseKey(config.seed, purpose)
     path.touch()
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a last row that was cut off
-    try:
-        done = certify.read_certificates(path) if path.stat().st_size else []
-    except ValueError as error:
-        raise InputError(f"{error}; remove it to certify anew") from None
+    done = certify.read_certificates(path) if path.stat().st_size else []
     block = max(1, 4 * config.eval_batch // config.n)
     with path.open("a") as file:
         for first in progress("certifying", "images", len(done), len(indices), block):
@@ -663,36 +647,31 @@ class Stages:
 
 def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], config: Config,
                          trained: bool) -> None:
-    """What each stage should take, from a few batches through copies of the networks."""
-    quantized = copy.deepcopy(base)
-    table = models.quantize_model(quantized, config.image_size)
-    models.set_policy(quantized, models.uniform_policy(table, 4))
-    certifying = (images.batch(ids[:1], config.device), [0], 3 * config.eval_batch, len(images.classes),
-                  config.sigma, NoiseKey(0, "timing"), config.eval_batch)
-    training = (images, ids[:config.batch_size], config, 2, 0.0, 0.0, "timing")
+    """What each stage should take, from a few batches through a copy of the base and a quantized one."""
+    simulated, plain = copy.deepcopy(base), copy.deepcopy(base)
+    models.set_policy(simulated, models.uniform_policy(models.quantize_model(simulated, config.image_size), 4))
+    quantized, x = integers(simulated, config), images.batch(ids[:1], config.device)
 
     def seconds(count: int, work: Callable, *arguments) -> float:
         """An image's time in a call that takes `count` of them; a first call pays for warming up."""
-        work(*arguments)
-        start = time.monotonic()
-        work(*arguments)
-        certifying[0].cpu()  # waits for the device
+        for _ in range(2):
+            start = time.monotonic()
+            work(*arguments)
+            x.cpu()  # waits for the device
         return (time.monotonic() - start) / count
 
-    float_pass, quantized_pass = (seconds(certifying[2], certify.class_counts, network, *certifying)
-                                  for network in (base, integers(quantized, config)))
-    step = seconds(2 * config.batch_size, train, quantized, *training)
-    base_step = 0 if trained else seconds(2 * config.batch_size, train, copy.deepcopy(base), *training)
-    episode = (config.episode_steps * config.batch_size * step
-               + config.search_images * config.n_p * quantized_pass)
+    sample = x, [0], 3 * config.eval_batch, 2 ** 16, config.sigma, NoiseKey(0, "timing"), config.eval_batch
+    batches = images, ids[:config.batch_size], config, 2, 0.0, 0.0, "timing"
+    float_pass, int_pass = (seconds(sample[2], certify.class_counts, net, *sample) for net in (base, quantized))
+    base_step, step = (seconds(2 * config.batch_size, train, net, *batches) for net in (plain, simulated))
     final = config.images * (config.n0 + config.n)
-    stages = {"train the base": config.epochs * len(ids) * base_step,
+    episode = config.episode_steps * config.batch_size * step + config.search_images * config.n_p * int_pass
+    stages = {"train the base": 0 if trained else config.epochs * len(ids) * base_step,
               "certify the base": (config.search_images * config.search_n + final) * float_pass,
               f"search, {config.episodes} episodes": config.episodes * episode,
-              "fine-tune": config.finetune_epochs * len(ids) * step,
-              "certify ARQ": final * quantized_pass}
-    print(f"expected on {config.device}, from {1 / float_pass:.0f} float and {1 / quantized_pass:.0f} "
-          f"quantized images/s, {1 / step:.0f} in training")
+              "fine-tune": config.finetune_epochs * len(ids) * step, "certify ARQ": final * int_pass}
+    print(f"expected on {config.device}, from {1 / float_pass:.0f} float and {1 / int_pass:.0f} quantized "
+          f"images/s ({quantized.path}), {1 / step:.0f} in training")
     for name, needed in {**stages, "together": sum(stages.values())}.items():
         print(f"  {name:<34}{duration(needed):>8}", flush=True)
 
@@ -734,10 +713,7 @@ def run(config: Config) -> dict:
     trained = config.checkpoint is not None or path.exists()
     base = build_base(config, num_classes, path)
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
-    try:
-        environment = BitWidthEnvironment(table, config.budget, config.size_budget)
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    environment = BitWidthEnvironment(table, config.budget, config.size_budget)
     out = open_run(config, train_images, test_images)
     if (out / "results.json").exists():
         print(f"{out} is finished; its results:")
@@ -815,7 +791,7 @@ def evaluate_saved(config: Config) -> dict:
     """--evaluate: certify a saved network, quantized (model.arq) or a float checkpoint, on the test images."""
     test_images = load_split(config, False)
     classes, file = test_images.classes, None
-    if read_saved(config.evaluate)[0]:
+    if models.read_packed(config.evaluate):
         classifier, table, saved = models.load_model(config.evaluate)
         policy, file = saved["policy"], Path(config.evaluate)
         if saved["classes"] != classes:
@@ -914,7 +890,7 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         print("\narq.py: interrupted; the same command continues the run", file=sys.stderr)
         return 130
-    except InputError as error:
+    except ValueError as error:  # ours, and the modules' own refusals of files and policies
         message = error
     except OSError as error:  # no permission, no space: whatever was finished is on disk
         message = (f"{error.filename or config.out}: {error.strerror or error}; once this is repaired, the "

@@ -43,8 +43,8 @@ Classifier = Callable[[Tensor], Tensor]
 def lower_confidence_bound(k, n, alpha):
     """One-sided Clopper-Pearson lower bound on a probability, from k successes in n independent trials.
 
-    P[bound <= true probability] >= 1 - alpha. Numbers give a float, arrays of one shape (or broadcast) a
-    float64 tensor. Raises ValueError unless 0 <= k <= n, n >= 1 and 0 < alpha < 1.
+    P[bound <= truth] >= 1 - alpha. Numbers give a float, arrays (or broadcast) a float64 tensor. Raises
+    ValueError unless 0 <= k <= n, n >= 1 and 0 < alpha < 1.
     """
     k, n, alpha = _as_array(k), _as_array(n), _as_array(alpha)
     if not ((alpha > 0) & (alpha < 1)).all():
@@ -63,10 +63,9 @@ def upper_confidence_bound(k, n, alpha):
 def certified_radius(p_a, sigma: float, p_b=None):
     """Certified l2 radius sigma/2 (Phi^-1(p_A) - Phi^-1(p_B)) (ARQ, Theorem 2.1), in pixels of [0, 1] images.
 
-    p_a is a lower bound on the probability of the predicted class and p_b an upper bound on that of every
-    other class; without p_b, 1 - p_a takes its place (the one-sided radius, sigma Phi^-1(p_A), of published
-    tables). Arrays are welcome. Returns 0 where nothing is certified. Raises ValueError unless sigma > 0 and
-    probabilities are probabilities.
+    p_a bounds the predicted class's probability from below, p_b every other's from above; without p_b,
+    1 - p_a takes its place (the one-sided radius, sigma Phi^-1(p_A), of published tables). Numbers or arrays;
+    0 where nothing is certified. Raises ValueError unless sigma > 0 and 0 <= p_a, p_b <= 1.
     """
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, not {sigma}")
@@ -104,10 +103,8 @@ class NoiseKey(NamedTuple):
 
 
 def draw_noise(key: NoiseKey, image_id: int, chunk: int, shape: Sequence[int], device) -> Tensor:
-    """Standard normal noise (CHUNK, *shape): samples CHUNK * chunk onwards of one image under one key.
-
-    Depends on the arguments and device type alone, so cached predictions can be replayed in any batch size.
-    """
+    """Standard normal noise (CHUNK, *shape): samples CHUNK * chunk onwards of one image under one key, by the
+    arguments and the device type alone, so that predictions can be replayed in any batch size."""
     digest = hashlib.sha256(f"{key.seed}|{key.purpose}|{image_id}".encode()).digest()
     # A CPU generator keeps 32 bits of its seed. Counting chunks up from the image's own start keeps them
     # apart, where 1,000 independent seeds would repeat one, and with it the noise, in 1 of 8,600 images.
@@ -120,11 +117,8 @@ def draw_noise(key: NoiseKey, image_id: int, chunk: int, shape: Sequence[int], d
 def noisy_predictions(classifier: Classifier, images: Tensor, ids: Sequence[int], sizes: Sequence[int],
                       sigma: float, key: NoiseKey, batch_size: int,
                       first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Classify noisy copies first .. first + sizes[i] - 1 of images[i] (B, C, H, W), in order.
-
-    Batches span images and are full. Yields pairs (rows, classes) of equal length, on the CPU: row i of
-    `images` was given class c once.
-    """
+    """Classify noisy copies first .. first + sizes[i] - 1 of images[i] (B, C, H, W), in order, in full batches
+    that span images. Yields (rows, classes) of equal length, on the CPU: row i was given class c once."""
     batch, rows, filled = [], [], 0
     total, done = int(sum(sizes)), 0
     for row, (image, image_id, size) in enumerate(zip(images, ids, sizes)):
@@ -160,10 +154,8 @@ def class_counts(classifier: Classifier, images: Tensor, ids: Sequence[int], n: 
 class Certificate:
     """One certified image. predict is ABSTAIN (-1) with radius 0 where the bound does not exceed 1/2.
 
-    The first six fields are the columns existing tools read; files others published hold only those. The
-    rest is what the radius was computed from: the selected class, its votes n_a, those of the most counted
-    other class n_b, the sample sizes, sigma (in [0, 1] pixels) and alpha. `two_sided` makes the two-sided
-    certificate of the same counts.
+    The first six fields are the columns that existing tools read. The rest is what the radius was computed
+    from: votes for the selected class and the most counted other one, sample sizes, sigma and alpha.
     """
     idx: int
     label: int
@@ -185,10 +177,10 @@ def certify(classifier: Classifier, images: Tensor, labels: Sequence[int], ids: 
             batch_size: int = 100) -> list[Certificate]:
     """CERTIFY (Cohen et al., section 3.2.2) for a block of images (B, C, H, W) in [0, 1].
 
-    For each image, with probability at least 1 - alpha over the noise: if the certificate does not abstain,
-    the smoothed classifier predicts `predict` everywhere closer than `radius` in l2. The guarantee holds
-    image by image, so about alpha * B certificates of a block may be wrong; as in all common implementations,
-    it is exact in real, not in floating-point arithmetic (Voracek and Hein, 2023). `ids` name the images.
+    For each image, with probability at least 1 - alpha over the noise: unless the certificate abstains, the
+    smoothed classifier predicts `predict` everywhere closer than `radius` in l2. Image by image: about
+    alpha * B certificates may be wrong. As in all common code, the guarantee is one of real, not of
+    floating-point arithmetic (Voracek and Hein, 2023). `ids` name the images.
     """
     start = time.monotonic()
     counts0 = class_counts(classifier, images, ids, n0, num_classes, sigma, key.derive("select"), batch_size)
@@ -221,9 +213,9 @@ def _certificates(ids, labels, selected, counts, n0, sigma, alpha, start) -> lis
 def two_sided(rows: Sequence[Certificate]) -> list[Certificate]:
     """The same certificates by Theorem 2.1 in full: p_A and p_B bounded at alpha / 2 each, from n_a and n_b.
 
-    The most counted other class needs no correction over classes: its bound is at least the bound of the
-    true runner-up, whichever class that is. Each of the two radii is wrong with probability at most alpha;
-    the larger one, taken afterwards, with up to 1.5 alpha. Raises ValueError for rows without counts.
+    The most counted other class needs no correction over classes: its bound is at least that of the true
+    runner-up. Either radius is wrong with probability at most alpha; the larger, taken afterwards, with up to
+    1.5 alpha. Raises ValueError for rows without counts.
     """
     if any(row.n_a is None or row.n_b is None for row in rows):
         raise ValueError("these certificates hold no counts; a two-sided radius needs n_a and n_b")
@@ -239,11 +231,8 @@ def two_sided(rows: Sequence[Certificate]) -> list[Certificate]:
 
 def predict(classifier: Classifier, images: Tensor, ids: Sequence[int], num_classes: int, sigma: float,
             n: int, alpha: float, key: NoiseKey, batch_size: int = 100) -> list[int]:
-    """PREDICT (Cohen et al., section 3.2.1): g's class for each image (B, C, H, W), or ABSTAIN.
-
-    Abstains where a two-sided binomial test cannot tell the two most voted classes apart at level alpha, so
-    the returned class differs from g(x) with probability at most alpha.
-    """
+    """PREDICT (Cohen et al., section 3.2.1): g's class for each image (B, C, H, W), wrong with probability at
+    most alpha; ABSTAIN where a two-sided binomial test cannot tell the two most voted classes apart."""
     counts = class_counts(classifier, images, ids, n, num_classes, sigma, key.derive("predict"), batch_size)
     votes, classes = counts.topk(2, dim=1)
     return [int(top[0]) if binomtest(int(vote[0]), int(vote.sum()), 0.5).pvalue <= alpha else ABSTAIN
@@ -256,8 +245,7 @@ def predict(classifier: Classifier, images: Tensor, ids: Sequence[int], num_clas
 class ReplayCache:
     """f's certificates for a set of images, and what f predicted for every sample behind them.
 
-    predictions: (B, n) uint8, one byte a sample (int16 beyond 256 classes), zeros where nothing was sampled
-    (a certificate's n is 0); key: the noise to replay.
+    predictions: (B, n) uint8 (int16 beyond 256 classes), zeros where nothing was sampled; key: the noise.
     """
     certificates: list[Certificate]
     predictions: Tensor
@@ -267,10 +255,9 @@ class ReplayCache:
 def certify_and_cache(classifier: Classifier, images: Tensor, labels: Sequence[int], ids: Sequence[int],
                       num_classes: int, sigma: float, n0: int, n: int, alpha: float, key: NoiseKey,
                       batch_size: int = 100) -> ReplayCache:
-    """CERTIFY for the base classifier f, keeping each sample's prediction for `certify_incremental`.
+    """CERTIFY for the base classifier f, keeping each sample's prediction; guarantee as in `certify`.
 
-    An image whose selected class is wrong adds 0 to the ACR of f and of every f^P, so it gets no samples
-    beyond n0, and abstains. Guarantee and arguments as in `certify`.
+    An image whose selected class is wrong adds 0 to the ACR of f and f^P: it gets no samples and abstains.
     """
     start = time.monotonic()
     counts0 = class_counts(classifier, images, ids, n0, num_classes, sigma, key.derive("select"), batch_size)
@@ -306,8 +293,8 @@ NONE, FRESH, PAPER, PAIRED = range(4)
 
 
 class IncrementalCertificate(NamedTuple):
-    """One image certified for f^P: how (of METHODS), and by how many samples of f^P, a pilot's included;
-    the published zeta and the replayed difference P[f^P = c_A] - P[f = c_A], nan where not used."""
+    """One image certified for f^P: how (of METHODS), and by how many samples of f^P, a pilot's included; zeta
+    and the replayed difference P[f^P = c_A] - P[f = c_A], nan where not used."""
     idx: int
     label: int
     predict: int
@@ -323,9 +310,8 @@ def paired_lower_bound(both: Tensor, lost: Tensor, gained: Tensor, m: Tensor, k:
                        alpha: float, bet: Tensor) -> Tensor:
     """Lower confidence bound (B,) of P[G], from m samples of F and G together and n others of F alone.
 
-    F and G are the events f = c and f^P = c, or others; `both`, `lost` and `gained` count the samples where
-    both, only F, and only G hold; k of the n other samples have F. With probability at least 1 - alpha the
-    bound is at most P[G]. It bounds the difference of G and wF, w = n / (n + m), on the same noise:
+    F and G are the events f = c and f^P = c; `both`, `lost` and `gained` count samples where both, only F and
+    only G hold; k of the n others have F. P[bound <= P[G]] >= 1 - alpha. With w = n / (n + m):
 
         P[G] = t + w P[F] with t = E[G - wF], for any w.
         The m samples bet on t: under E[G - wF] <= t, the wealth e(t) = prod_i 1 + bet (G_i - w F_i - t) has
@@ -335,8 +321,8 @@ def paired_lower_bound(both: Tensor, lost: Tensor, gained: Tensor, m: Tensor, k:
         Otherwise p is at least LCB(k, n, alpha e(t)), and P[G] = t + w p at least the minimum of
         t + w LCB(k, n, alpha e(t)) over all t.
 
-    All of alpha is spent on this one comparison, where p_A - zeta spends a share on each of two bounds. e
-    falls with t, so taking t from one end of a cell of a grid and e from the other errs downwards only.
+    All of alpha is spent on this one comparison. e falls with t, so taking t from one end of a cell of a grid
+    and e from the other errs downwards only.
     """
     both, lost, gained, m, k, n, bet = (part.double()[:, None] for part in (both, lost, gained, m, k, n, bet))
     w = n / (n + m)
@@ -357,11 +343,8 @@ def paired_lower_bound(both: Tensor, lost: Tensor, gained: Tensor, m: Tensor, k:
 
 
 def expected_radius(p: Tensor, weight: Tensor, samples: Tensor, alpha: float, loss=0.0) -> Tensor:
-    """Mean radius over sigma (B, S) that `samples` (B, S) will certify at alpha, less `loss` off the bound.
-
-    p (B,) is known as if from `weight` (B,) samples; the mean is over six quantiles of the coming votes, by
-    a beta distribution with their (beta-binomial) variance.
-    """
+    """Mean radius over sigma (B, S) that `samples` (B, S) will certify at alpha, less `loss` off the bound, if p
+    (B,) is known as from `weight` (B,) samples: over six quantiles of a beta distribution for the votes."""
     p, weight, samples = p[:, None, None], weight[:, None, None], samples.clamp(min=2)[..., None]
     size = samples * (weight + 1) / (weight + samples) - 1
     votes = _as_tensor(beta.ppf((torch.arange(6) + 0.5) / 6, p * size, (1 - p) * size)) * samples
@@ -396,9 +379,9 @@ def plan_passes(cache: ReplayCache, sample: Callable, selected: Tensor, right: T
                 alpha: float, alpha_zeta: float, share_out: bool) -> Plan:
     """Plan n_p passes an image of right class; share_out: so that the expected sum of radii is largest.
 
-    Reads only the first tenth of the cached samples. There f's votes tell how certain each image is, and a
-    pilot, a twentieth of the passes replayed on them, how often f^P differs: changes of the vote for c_A per
-    unit of the variance p (1 - p), an image's own drawn towards those of all. sample: see `_sampler`.
+    Reads only the first tenth of the cached samples: f's votes tell how certain each image is, and a pilot, a
+    twentieth of the passes replayed there, how often the vote for c_A changes per unit of its variance
+    p (1 - p), an image's own rate drawn towards that of all. sample: see `_sampler`.
     """
     n = cache.predictions.shape[1]
     first, rest = n // 10, n - n // 10
@@ -483,10 +466,9 @@ def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tens
                         both_sides: bool = False, batch_size: int = 100) -> list[IncrementalCertificate]:
     """Certify a changed classifier f^P with n_p samples an image, on average, instead of n.
 
-    images: (B, C, H, W), those the cache was made of. For each image, with probability at least 1 - (alpha +
-    alpha_zeta), g^P predicts `predict` within `radius`, for an f^P that was fixed without looking at this
-    noise: a search that compares many f^P on one cache scores them, and its winner needs a new certificate;
-    nor may several n_p or modes be tried and the best be kept.
+    images: (B, C, H, W), those of the cache. For each image, with probability at least 1 - (alpha +
+    alpha_zeta), g^P predicts `predict` within `radius`, for an f^P, n_p and mode fixed without looking at this
+    noise: a search that compares many f^P on one cache scores them, and its winner needs a new certificate.
     Images whose cached class is wrong cost nothing and count 0. both_sides gives Theorem 2.1's two-sided
     radius, each side at half of every share of alpha; otherwise p_B = 1 - p_A.
 
@@ -497,14 +479,13 @@ def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tens
     paired  `paired_lower_bound` on n_p replayed samples, a twentieth of them a pilot
     auto    n_p passes for every image of right class, shared out by `plan_passes`, each by its best method
 
-    Why paired and auto hold: plan and pilot see the first tenth of the cached samples; the bounds see the
-    others and fresh noise, which do not depend on it. Given the plan, every image has one bound of one
-    size, fixed before its samples were seen, that fails with probability at most alpha + alpha_zeta.
-    What paper takes for granted: its branch depends on the p_A bound that it then uses. If P[f = c_A] is
-    below gamma, a fresh branch means that this bound failed, so alpha + alpha_zeta holds. Otherwise failure
-    is at most alpha + 2 alpha_zeta; with both_sides, at most 1.5 (alpha + alpha_zeta) in either case.
-    Raises ValueError for an unknown mode or shares of alpha that are none, and if n_p exceeds the cached
-    samples (half of them if paired).
+    Why paired and auto hold: plan and pilot see the first tenth of the cached samples, the bounds the others
+    and fresh noise. Given the plan, every image has one bound of one size, fixed before its samples were
+    seen, that fails with probability at most alpha + alpha_zeta. paper's branch depends on the p_A bound that
+    it then uses: below gamma a fresh branch means that this bound failed, so alpha + alpha_zeta holds;
+    elsewhere failure is at most alpha + 2 alpha_zeta (both_sides: 1.5 (alpha + alpha_zeta) in either case).
+    Raises ValueError for an unknown mode, impossible alphas, and n_p beyond the cached samples (half of them
+    if paired).
     """
     n = cache.predictions.shape[1]
     sigma, alpha = cache.certificates[0].sigma, cache.certificates[0].alpha
@@ -546,11 +527,8 @@ def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tens
 
 def estimate_radii(classifier: Classifier, cache: ReplayCache, images: Tensor, n_p: int,
                    batch_size: int = 100) -> Tensor:
-    """For ranking candidates, no certificates: radii (B,) that n cached samples would give f^P, from n_p.
-
-    Takes f^P's share of votes for c_A among the first n_p cached samples for that among all n. Candidates see
-    the same noise, which largely cancels between them; few samples bias the radius upwards.
-    """
+    """For ranking, no certificates: radii (B,) if f^P's votes among all n cached samples were those among the
+    first n_p. Candidates see the same noise, which largely cancels; few samples bias the radius upwards."""
     rows, n = cache.certificates, cache.predictions.shape[1]
     selected = torch.tensor([row.selected for row in rows])
     right = selected == torch.tensor([row.label for row in rows])
@@ -563,18 +541,12 @@ def estimate_radii(classifier: Classifier, cache: ReplayCache, images: Tensor, n
 # ---- aggregates and files ----
 
 def average_certified_radius(rows) -> float:
-    """ACR: mean over images of radius * 1[correct]; wrong and abstained images count 0 (ARQ, section 2).
-
-    Raises ValueError without rows, as certified_accuracy does.
-    """
+    """ACR: mean over images of radius * 1[correct] (ARQ, section 2). Raises ValueError without rows."""
     return statistics.fmean(row.radius * row.correct for row in rows)
 
 
 def acr_difference(rows, base_rows=None) -> tuple[float, float]:
-    """ACR of rows, less that of base_rows if given, on the same images in the same order; its standard error.
-
-    The error (nan below two images) is what another draw of images would change; paired, where base_rows are.
-    """
+    """ACR of rows, less that of base_rows on the same images if given; and its standard error over images."""
     values = torch.tensor([row.radius * row.correct for row in rows], dtype=torch.float64)
     if base_rows is not None:
         values = values - torch.tensor([row.radius * row.correct for row in base_rows], dtype=torch.float64)
@@ -591,7 +563,7 @@ PARSERS = {name: int for name in COLUMNS} | {"radius": float, "time": str, "sigm
 
 
 def write_certificates(file: TextIO, rows: Sequence[Certificate]) -> None:
-    """Append rows to an open TSV, after the header if it is empty, and flush. Radii keep full precision."""
+    """Append rows to an open TSV, after the header if it is empty. Radii keep full precision."""
     if file.tell() == 0:
         file.write("\t".join(COLUMNS) + "\n")
     for row in rows:
@@ -603,8 +575,7 @@ def write_certificates(file: TextIO, rows: Sequence[Certificate]) -> None:
 def read_certificates(path) -> list[Certificate]:
     """Read a TSV of certificates, ours or with only the usual columns idx label predict radius correct time.
 
-    A last line without its end (an interrupted run) is left out. Raises ValueError, naming file and line, for
-    anything else that is not a certificate.
+    A last line without its end is left out. Raises ValueError, naming the line, for what is no certificate.
     """
     with open(path) as file:
         lines = file.read().split("\n")[:-1]

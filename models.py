@@ -53,10 +53,8 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.pad, self.stride, self.option_a = (c_out - c_in) // 2, stride, option_a
-        self.downsample = None
-        if c_in != c_out and not option_a:
-            self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False),
-                                            nn.BatchNorm2d(c_out))
+        self.downsample = None if c_in == c_out or option_a else nn.Sequential(
+            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -82,9 +80,8 @@ class CifarResNet(nn.Module):
                 channels = width
             setattr(self, f"layer{stage}", nn.Sequential(*blocks))
         self.fc = nn.Linear(64, num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for conv in [module for module in self.modules() if isinstance(module, nn.Conv2d)]:
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
@@ -119,10 +116,10 @@ def build_classifier(arch: str, num_classes: int, mean=CIFAR10_MEAN, std=CIFAR10
 def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None) -> Classifier:
     """A float Classifier from a file in one of the layouts in public use.
 
-    Taken: a bare state dict; {"state_dict": ...} with prefixes `module.` and `1.` (the network behind a
-    normalise layer) in any order; our own bases; CIFAR ResNets with shortcuts named `shortcut`, or none
-    (option A), whose last layer is `linear`, which were trained with ImageNet's normalisation. mean and std
-    override what the layout implies. Raises ValueError, naming the first difference, for other weights.
+    Taken: a bare state dict; {"state_dict": ...} with prefixes `module.` and `1.` (behind a normalise layer)
+    in any order; our own bases; CIFAR ResNets with shortcuts named `shortcut`, or none (option A), whose last
+    layer is `linear`, trained with ImageNet's normalisation. mean and std override what the layout implies.
+    Raises ValueError, naming the first difference, for other weights.
     """
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
@@ -228,13 +225,10 @@ class QuantLayer(nn.Module):
         self.a_step = nn.Parameter(torch.ones(()))
         self.register_buffer("calibrated_steps", torch.ones(MAX_BITS + 1))  # activation step, by width
         self.signed = False  # a Python value, so that a GPU need not be asked for it at every layer
-        self.w_bits = self.a_bits = FLOAT_BITS
-        self.frozen = False
-        self.limit: Optional[float] = None  # of the ReLU that an integer network has merged into the layer
-        self.ready = False                  # whether the input comes as integers there
+        self.w_bits, self.a_bits, self.frozen = FLOAT_BITS, FLOAT_BITS, False
+        self.limit, self.ready = None, False  # in an integer network: of a merged ReLU; if integers come in
 
-    def get_extra_state(self) -> bool:
-        """Carries `signed` in the state dict."""
+    def get_extra_state(self) -> bool:  # carries `signed` in the state dict
         return self.signed
 
     def set_extra_state(self, signed: bool) -> None:
@@ -244,9 +238,8 @@ class QuantLayer(nn.Module):
         """Change the widths and give the steps their initial values for them (see `calibrate`)."""
         self.w_bits, self.a_bits = w_bits, a_bits
         if w_bits != FLOAT_BITS:
-            with torch.no_grad():
-                self.w_step.copy_(best_step(self.weight.flatten(1), *integer_range(w_bits, True, True)))
-                self.a_step.copy_(self.calibrated_steps[a_bits])
+            self.w_step.data.copy_(best_step(self.weight.flatten(1), *integer_range(w_bits, True, True)))
+            self.a_step.data.copy_(self.calibrated_steps[a_bits])
 
     def forward(self, x: Tensor, residual: Optional[Tensor] = None) -> Tensor:
         if self.frozen:
@@ -282,18 +275,16 @@ class QuantLayer(nn.Module):
     def use_path(self, path: str, batch: int) -> bool:
         """Make a frozen layer run on one of PATHS; whether its sums are exact there, on this device.
 
-        int8: oneDNN's kernels on uint8 inputs (zero point 2^(b-1) if signed). Without VNNI they add pairs of
-        products in int16, which saturates: where a pair can reach that, weights are halved, channels doubled.
+        int8: oneDNN, on uint8 inputs (zero point 2^(b-1) if signed). Without VNNI it adds pairs of products in
+        int16, which saturates: where a pair can reach that, weights are halved and channels doubled.
         float32: integers in floats, over as many channels at a time as keep every partial sum below 2^24.
-        float64: for devices that multiply otherwise (Winograd, FFT), which the comparison below finds out.
+        float64: where float32 fails the comparison below, on a device that uses Winograd's or Fourier's way.
         """
         self.path, groups = path, self.conv["groups"]
         self.low, self.high = integer_range(self.a_bits, self.signed)
         weight = self.weight[:, :, None, None] if self.linear else self.weight
-        generator = torch.Generator().manual_seed(0)
-        q = torch.randint(self.low, self.high + 1, (2, *self.in_shape), generator=generator)
-        q[1] = torch.where(q[1] > (self.low + self.high) // 2, self.high, self.low)  # extreme inputs
-        q[1, :, :(self.in_shape[1] + 1) // 2] = self.high
+        q = torch.randint(self.low, self.high + 1, (2, *self.in_shape), generator=torch.Generator().manual_seed(0))
+        q[1, :, (self.in_shape[1] + 1) // 2:], q[1, :, :(self.in_shape[1] + 1) // 2] = self.low, self.high
         copies = max(1, batch // 2)
         exact = F.conv2d(q.double(), weight.double().cpu(), **self.conv).float().repeat(copies, 1, 1, 1)
         q = q.float().to(weight.device, memory_format=torch.channels_last).repeat(copies, 1, 1, 1)
@@ -404,10 +395,10 @@ class Layer:
 def quantize_model(classifier: nn.Module, image_size: int) -> list[Layer]:
     """Replace every convolution and linear layer, and the BatchNorm it feeds, by a QuantLayer at 32 bits.
 
-    Layers, shapes and the BatchNorm that belongs to each are read off one forward pass at (3, image_size,
-    image_size), so any network will do whose layers run once a pass. Returns the layer table in execution
-    order; names are the module paths inside `classifier.net` (or the module itself). Raises ValueError for a
-    layer that never runs or runs twice, and unless 32 bits compute exactly what the float network did.
+    Layers, shapes and BatchNorms are read off one forward pass at (3, image_size, image_size), so any network
+    will do whose layers run once a pass. Returns the layer table in execution order; names are module paths
+    inside `classifier.net` (or the module itself). Raises ValueError for a layer that does not run exactly
+    once, and unless 32 bits compute exactly what the float network did.
     """
     body = getattr(classifier, "net", classifier)
     names = {module: name for name, module in body.named_modules()}
@@ -591,12 +582,11 @@ class LayerTracer(fx.Tracer):
 def integer_network(classifier: nn.Module, batch: int = 2) -> nn.Module:
     """The network as it is evaluated and certified: a frozen copy, in evaluation mode, on the same device.
 
-    Every quantized layer runs on the first of PATHS on which all of them are exact (`network.path`; "float"
-    if none is quantized: the copy then computes what the float network does). A layer takes over the sum and
-    the ReLU behind it, and rounds to the next layer's integers where that alone reads its output; networks
-    that torch.fx cannot trace run layer by layer. Predictions do not depend on the batch size. Exactness is
-    checked at batches of `batch`, which matters where kernels are chosen by it (GPUs). Raises RuntimeError
-    where no path is exact.
+    All quantized layers run on the first of PATHS that is exact for all (`network.path`; "float" if there are
+    none: then this is the float network). A layer takes over the sum and the ReLU behind it, and rounds to
+    the next layer's integers where that alone reads its output; networks that torch.fx cannot trace run layer
+    by layer. Predictions do not depend on the batch size. Exactness is checked at batches of `batch`, by
+    which GPUs choose kernels. Raises RuntimeError where no path is exact.
     """
     network = copy.deepcopy(classifier).eval()
     for layer in quant_layers(network).values():
@@ -625,7 +615,7 @@ def merge(graph: fx.Graph, network: nn.Module) -> dict[QuantLayer, QuantLayer]:
     modules, targets = dict(network.named_modules()), {}
 
     def frozen(node) -> Optional[QuantLayer]:
-        layer = modules.get(node.target) if node.op == "call_module" else None
+        layer = modules.get(node.target)
         return layer if isinstance(layer, QuantLayer) and layer.frozen else None
 
     def only_user(node):
@@ -650,7 +640,7 @@ def merge(graph: fx.Graph, network: nn.Module) -> dict[QuantLayer, QuantLayer]:
                 node.args = (node.args[0], other)
                 replace(after, node)
                 after = only_user(node)
-        kind = after and (after.target if after.op == "call_function" else type(modules.get(after.target)))
+        kind = after and (after.target if after.target in RELUS else type(modules.get(after.target)))
         if kind in RELUS:
             frozen(node).limit = RELUS[kind]
             replace(after, node)
