@@ -17,6 +17,7 @@
 
 import argparse
 import copy
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -108,8 +109,8 @@ class Config:
     gamma: float = option(None, "cached p_A from which IRS as published draws fresh samples")
     reward_estimate: str = option("point", "rewards: ACR as point estimate on noise common to all policies, "
                                   "or certified, by --incremental", choices=("point", "certified"))
-    incremental: str = option("auto", "off (fresh samples), paper (IRS as published), paired (sharper bound) "
-                              "or auto (passes planned, too)", choices=certify.MODES)
+    incremental: str = option("paper", "certified rewards: paper (IRS) or off (fresh samples)",
+                              choices=("paper", "off"))
     image_size: int = option(None, "side of the images the network sees")
     batch_size: int = option(128, "training batch")
     eval_batch: int = option(None, "samples per forward pass when certifying")
@@ -174,9 +175,8 @@ def complete_config(config: Config) -> Config:
         if not certify.can_certify(n, alpha):
             needed = math.floor(math.log(alpha) / math.log(0.5)) + 1
             raise InputError(f"{flag(name)} {n} never certifies at alpha = {alpha:g}; give at least {needed}")
-    share, what = (2, "half of ") if config.incremental == "paired" else (1, "")
-    if share * config.n_p > config.search_n:
-        raise InputError(f"--n-p {config.n_p} exceeds {what}--search-n {config.search_n}, all it can replay")
+    if config.n_p > config.search_n:
+        raise InputError(f"--n-p {config.n_p} exceeds --search-n {config.search_n}, all it can replay")
     if config.out is None:
         source = f"budget{config.budget:g}"
         if config.evaluate:
@@ -238,7 +238,7 @@ def write_whole(path: Path, value) -> None:
 class ImageSet:
     """Labelled images, ordered by label, then by name or original position.
 
-    Small sets live in memory as uint8 (N, 3, S, S); of large ones only the paths, read when asked for.
+    Small sets live in memory as uint8 (N, 3, S, S); large ones are read when asked for.
     """
 
     def __init__(self, labels: list[int], classes: list[str], pixels: Optional[Tensor] = None,
@@ -339,22 +339,18 @@ def load_cifar10(config: Config, train: bool) -> ImageSet:
     return ImageSet([data.targets[i] for i in order], data.classes, pixels, size=config.image_size)
 
 
-SHAPES = {  # what is inside each shape, from coordinates u, v that are within [-1, 1] in its bounding box
-    "bars across": lambda u, v: (box(u, v) < 1) & ((7 * v).sin() > 0),
-    "bars upright": lambda u, v: (box(u, v) < 1) & ((7 * u).sin() > 0),
-    "checkers": lambda u, v: (box(u, v) < 1) & (((7 * u).sin() > 0) ^ ((7 * v).sin() > 0)),
-    "cross": lambda u, v: (u.hypot(v) < 1.1) & (torch.minimum((u + v).abs(), (u - v).abs()) < 0.42),
-    "disk": lambda u, v: u.hypot(v) < 1,
-    "frame": lambda u, v: (box(u, v) < 0.95) & (box(u, v) >= 0.55),
-    "plus": lambda u, v: (box(u, v) < 1) & (torch.minimum(u.abs(), v.abs()) < 0.3),
-    "ring": lambda u, v: (u.hypot(v) < 1) & (u.hypot(v) > 0.6),
-    "square": lambda u, v: box(u, v) < 0.85,
-    "triangle": lambda u, v: (v < 0.8) & (v > 2 * u.abs() - 1),
+SHAPES = {  # what is inside each shape, by coordinates u, v and b = max(|u|, |v|) in [-1, 1]
+    "bars across": lambda u, v, b: (b < 1) & ((7 * v).sin() > 0),
+    "bars upright": lambda u, v, b: (b < 1) & ((7 * u).sin() > 0),
+    "checkers": lambda u, v, b: (b < 1) & (((7 * u).sin() > 0) ^ ((7 * v).sin() > 0)),
+    "cross": lambda u, v, b: (u.hypot(v) < 1.1) & (torch.minimum((u + v).abs(), (u - v).abs()) < 0.42),
+    "disk": lambda u, v, b: u.hypot(v) < 1,
+    "frame": lambda u, v, b: (b < 0.95) & (b >= 0.55),
+    "plus": lambda u, v, b: (b < 1) & (torch.minimum(u.abs(), v.abs()) < 0.3),
+    "ring": lambda u, v, b: (u.hypot(v) < 1) & (u.hypot(v) > 0.6),
+    "square": lambda u, v, b: b < 0.85,
+    "triangle": lambda u, v, b: (v < 0.8) & (v > 2 * u.abs() - 1),
 }
-
-
-def box(u: Tensor, v: Tensor) -> Tensor:
-    return torch.maximum(u.abs(), v.abs())
 
 
 def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
@@ -375,7 +371,7 @@ def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
         dx, dy = x - uniform(-0.3, 0.3, k, 1, 1), y - uniform(-0.3, 0.3, k, 1, 1)
         u = (dx * tilt.cos() + dy * tilt.sin()) / half
         v = (dy * tilt.cos() - dx * tilt.sin()) / half
-        mask = inside(u, v)[:, None]
+        mask = inside(u, v, torch.maximum(u.abs(), v.abs()))[:, None]
         mottle = F.interpolate(uniform(-0.15, 0.15, k, 3, 5, 5), size, mode="bilinear", align_corners=True)
         sign = (uniform(-1, 1, k, 3, 1, 1)).sign()
         image = uniform(0.25, 0.75, k, 3, 1, 1) + mottle + uniform(0.15, 0.45, k, 1, 1, 1) * sign * mask
@@ -596,8 +592,9 @@ class PolicyEvaluator:
         what = network, self.cache, self.images, config.n_p
         if config.reward_estimate == "point":
             return float(certify.estimate_radii(*what, batch).mean())
+        gamma = config.gamma if config.incremental == "paper" else 0.0
         return certify.average_certified_radius(certify.certify_incremental(
-            *what, config.alpha_zeta, config.gamma, config.incremental, batch_size=batch))
+            *what, config.alpha_zeta, gamma, batch_size=batch))
 
 
 def certify_images(classifier: Classifier, images: ImageSet, config: Config, path: Path,
@@ -649,7 +646,8 @@ def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], con
                          trained: bool) -> None:
     """What each stage should take, from a few batches through a copy of the base and a quantized one."""
     simulated, plain = copy.deepcopy(base), copy.deepcopy(base)
-    models.set_policy(simulated, models.uniform_policy(models.quantize_model(simulated, config.image_size), 4))
+    table = models.quantize_model(simulated, config.image_size)
+    models.set_policy(simulated, models.uniform_policy(table, 4))
     quantized, x = integers(simulated, config), images.batch(ids[:1], config.device)
 
     def seconds(count: int, work: Callable, *arguments) -> float:
@@ -660,9 +658,10 @@ def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], con
             x.cpu()  # waits for the device
         return (time.monotonic() - start) / count
 
-    sample = x, [0], 3 * config.eval_batch, 2 ** 16, config.sigma, NoiseKey(0, "timing"), config.eval_batch
+    count, batch = 3 * config.eval_batch, config.eval_batch
+    sample = x, [0], count, len(images.classes), config.sigma, NoiseKey(0, "timing"), batch
     batches = images, ids[:config.batch_size], config, 2, 0.0, 0.0, "timing"
-    float_pass, int_pass = (seconds(sample[2], certify.class_counts, net, *sample) for net in (base, quantized))
+    float_pass, int_pass = (seconds(count, certify.class_counts, net, *sample) for net in (base, quantized))
     base_step, step = (seconds(2 * config.batch_size, train, net, *batches) for net in (plain, simulated))
     final = config.images * (config.n0 + config.n)
     episode = config.episode_steps * config.batch_size * step + config.search_images * config.n_p * int_pass
@@ -788,7 +787,7 @@ def calibrate(classifier: Classifier, images: Tensor, config: Config) -> None:
 
 
 def evaluate_saved(config: Config) -> dict:
-    """--evaluate: certify a saved network, quantized (model.arq) or a float checkpoint, on the test images."""
+    """--evaluate: certify a saved network, quantized (model.arq) or a float checkpoint, on test images."""
     test_images = load_split(config, False)
     classes, file = test_images.classes, None
     if models.read_packed(config.evaluate):
@@ -818,7 +817,7 @@ def finish(results: dict, stages: Stages, policy: Policy, config: Config, out: P
     return results
 
 
-def summarize(rows, classifier: Classifier, table: list[Layer], policy: Policy, config: Config,
+def summarize(rows, classifier: nn.Module, table: list[Layer], policy: Policy, config: Config,
               search_acr: Optional[float], file: Optional[Path] = None) -> dict:
     """What results.json says of one network, with what its certificates rest on; one-sided unless named."""
     both_sides = certify.two_sided(rows)
@@ -882,7 +881,18 @@ def print_report(results: dict, policy: Policy, config: Config, out: Path) -> No
     print(f"\nwritten to {out}/", flush=True)
 
 
+def keep_memory() -> None:
+    """Ask glibc not to hand every tensor's memory back: faulting it in again is a fifth of an evaluation."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError, TypeError):  # another C library
+        pass
+
+
 def main(argv=None) -> int:
+    keep_memory()
     try:
         config = parse_config(argv)
         evaluate_saved(config) if config.evaluate else run(config)

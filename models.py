@@ -275,7 +275,7 @@ class QuantLayer(nn.Module):
     def use_path(self, path: str, batch: int) -> bool:
         """Make a frozen layer run on one of PATHS; whether its sums are exact there, on this device.
 
-        int8: oneDNN, on uint8 inputs (zero point 2^(b-1) if signed). Without VNNI it adds pairs of products in
+        int8: oneDNN, uint8 inputs (zero point 2^(b-1) if signed). Without VNNI it adds pairs of products in
         int16, which saturates: where a pair can reach that, weights are halved and channels doubled.
         float32: integers in floats, over as many channels at a time as keep every partial sum below 2^24.
         float64: where float32 fails the comparison below, on a device that uses Winograd's or Fourier's way.
@@ -283,7 +283,8 @@ class QuantLayer(nn.Module):
         self.path, groups = path, self.conv["groups"]
         self.low, self.high = integer_range(self.a_bits, self.signed)
         weight = self.weight[:, :, None, None] if self.linear else self.weight
-        q = torch.randint(self.low, self.high + 1, (2, *self.in_shape), generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        q = torch.randint(self.low, self.high + 1, (2, *self.in_shape), generator=generator)
         q[1, :, (self.in_shape[1] + 1) // 2:], q[1, :, :(self.in_shape[1] + 1) // 2] = self.low, self.high
         copies = max(1, batch // 2)
         exact = F.conv2d(q.double(), weight.double().cpu(), **self.conv).float().repeat(copies, 1, 1, 1)
@@ -294,11 +295,13 @@ class QuantLayer(nn.Module):
                 self.doubled = int8_saturates() and pair >= 2 ** 15 and groups == 1
                 if self.doubled:
                     weight = torch.cat([weight // 2, weight - weight // 2], 1)
-                self.settings = [list(self.conv[name]) for name in ("stride", "padding", "dilation")] + [groups]
+                lists = [list(self.conv[name]) for name in ("stride", "padding", "dilation")]
+                self.settings = *lists, groups
                 self.ones = torch.ones(len(weight))
-                self.packed = torch.ops.onednn.qconv_prepack(weight, self.ones, 1.0, -self.low, *self.settings)
+                prepack = torch.ops.onednn.qconv_prepack
+                self.packed = prepack(weight, self.ones, 1.0, -self.low, *self.settings)
             else:
-                norm = weight.double().abs().sum((2, 3)) * max(-self.low, self.high)          # c_out, channels
+                norm = weight.double().abs().sum((2, 3)) * max(-self.low, self.high)    # c_out, channels
                 limit = 2 ** 24 if path == "float32" else 2 ** 53
                 self.part = next(size for size in range(norm.shape[1], 0, -1)
                                  if all(some.sum(1).max() < limit for some in norm.split(size, 1)))
@@ -342,7 +345,9 @@ class QuantLayer(nn.Module):
 
     def sums(self, q: Tensor) -> Tensor:
         """conv(q, weight) for integers q given as floats: exact, rounded to float32 once."""
-        return self._int8(self._to_uint8(q), self.ones, 0 * self.ones) if self.path == "int8" else self._floats(q)
+        if self.path == "int8":
+            return self._int8(self._to_uint8(q), self.ones, 0 * self.ones)
+        return self._floats(q)
 
     def _to_uint8(self, q: Tensor) -> Tensor:
         # By way of int16: torch converts float32 to uint8 one value at a time, five times slower.
@@ -677,8 +682,8 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
     """A quantized network as one file: integers at their own widths, their epilogues and a description.
 
     description: arch, image_size, sigma, dataset and classes; the rest is read off the network. In order:
-    MAGIC; version and length of the header; the header, JSON; for each layer of the table the weights, packed,
-    then a_step, scale and shift in float32; SHA-256 of all that. Raises ValueError for a layer of 32 bits.
+    MAGIC; version and length of the header; the header, JSON; for each layer of the table packed weights,
+    a_step, scale and shift in float32; SHA-256 of all that. Raises ValueError for a layer of 32 bits.
     """
     classifier = copy.deepcopy(classifier)
     layers = [quant_layers(classifier)[row.name] for row in table]
@@ -700,7 +705,7 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
 
 
 def read_packed(path) -> Optional[tuple[dict, bytes]]:
-    """Header and tensors of a file of pack_model; None for other files. Raises ValueError for a broken one."""
+    """Header and tensors of a file of pack_model, None for others. Raises ValueError for a broken one."""
     data = Path(path).read_bytes()
     if data[:4] != MAGIC:
         return None

@@ -2,7 +2,7 @@
 
     python benchmarks/certify.py --data data --checkpoints DIR
 
-Sharpness: the ACR that each mode of `certify.certify_incremental` reaches, over the passes it takes, for
+Sharpness: the ACR that each mode of `incremental.certify_incremental` reaches, over the passes it takes, for
 8-bit and (briefly fine-tuned) 4-bit copies of float ResNet-20. Ranking: how well cheap rewards order 40
 policies. Both replay predictions that are collected first, image by image (hours on two cores; kept under
 --work, so that the same command continues). At n = 100,000 samples are drawn with replacement from the
@@ -28,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 import arq  # noqa: E402
 import certify  # noqa: E402
 import models  # noqa: E402
+from benchmarks import incremental  # noqa: E402
 
 SIGMAS, NETWORKS = ("0.25", "0.50", "1.00"), ("float", "8 bit", "4 bit")
 IMAGES, POOL, N0, ALPHA = 50, 8000, 100, 0.001
@@ -153,7 +154,7 @@ def collect_ranking(options):
 # ---- replaying what was collected ----
 
 class Replay:
-    """Certifies from collected predictions: stands in for the sampling of `certify.certify_incremental`.
+    """Certifies from collected predictions: stands in for the sampling of `incremental.certify_incremental`.
 
     old, new, fresh: (B, n) what f predicted, what f^P predicted on the same noise, and on other noise.
     """
@@ -178,8 +179,8 @@ class Replay:
         certify._predictions = self.predictions
         if mode == "estimate":
             return float(certify.estimate_radii(None, self.cache, None, n_p).mean()), n_p, {}
-        rows = certify.certify_incremental(None, self.cache, None, n_p, ALPHA, mode=mode)
-        methods = {name: sum(row.method == name for row in rows) for name in certify.METHODS}
+        rows = incremental.certify_incremental(None, self.cache, None, n_p, ALPHA, mode=mode)
+        methods = {name: sum(row.method == name for row in rows) for name in incremental.METHODS}
         return certify.average_certified_radius(rows), statistics.mean(r.passes for r in rows), methods
 
     def two_counts(self, n_p):
@@ -216,7 +217,7 @@ def sharpness(options, n=4000, bootstrap=False):
     for sigma in SIGMAS:
         pool, selected, images = read_pool(options, sigma)
         for name in NETWORKS[1:]:
-            curves = {mode: [] for mode in (*certify.MODES, "two counts")}
+            curves = {mode: [] for mode in (*incremental.MODES, "two counts")}
             for seed in range(5):
                 generator = torch.Generator().manual_seed(seed)
                 if bootstrap:
@@ -281,7 +282,7 @@ def ranking(options):
     selected = [saved["rows"][i]["selected"] for i in right]
     policies = [torch.load(path) for path in sorted(folder.glob("policy*.pt"))]
     column, old = torch.tensor(selected)[:, None], saved["predictions"][right]
-    rewards = {(mode, m): [] for mode in (*certify.MODES, "estimate") for m in RANKING_SIZES}
+    rewards = {(mode, m): [] for mode in (*incremental.MODES, "estimate") for m in RANKING_SIZES}
     full = []
     for policy in policies:
         p_full = certify.lower_confidence_bound((policy["full"] == column).sum(1), RANKING_FULL, ALPHA)

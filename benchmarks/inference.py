@@ -3,9 +3,9 @@
     python benchmarks/inference.py                      # about 15 minutes on two cores
 
 In one process, in turn, medians of --rounds: images a second through the network alone and through sampling
-(noise included), for the float network as published code runs it (BatchNorm unfolded, NCHW), float at its best
-(folded, channels_last), fake-quantized as usual (scale, round, clip and back, at every call), and ours on each
-path. 4 bits, ends 8; random weights, since time does not depend on their values. Writes inference.json and
+(noise included), for the float network as published code runs it (BatchNorm unfolded, NCHW), float at its
+best (folded, channels_last), fake-quantized as usual (scale, round, clip and back, at every call), and ours on
+each path. 4 bits, ends 8; random weights, since time does not depend on their values. Writes inference.json and
 inference.txt beside this file.
 """
 
@@ -23,6 +23,7 @@ from torch.fx.experimental.optimization import fuse as fold
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import arq  # noqa: E402
 import certify  # noqa: E402
 import models  # noqa: E402
 
@@ -64,7 +65,8 @@ def variants(arch: str, size: int) -> dict[str, nn.Module]:
     for path in ("int8", "float32"):
         models.PATHS = (path,)
         try:
-            networks[f"ours, {path}"] = models.integer_network(quantized.to(memory_format=torch.channels_last))
+            quantized = quantized.to(memory_format=torch.channels_last)
+            networks[f"ours, {path}"] = models.integer_network(quantized)
         except RuntimeError:
             print(f"{path}: not on this machine")
     return networks
@@ -110,7 +112,7 @@ def measure(arch: str, size: int, batches: list[int], rounds: int) -> list[dict]
 
 
 def layer_times(rounds: int) -> list[dict]:
-    """ResNet-20, one thread, batch 50: each layer of ours with what it merges, and its bare float convolution."""
+    """ResNet-20, one thread, batch 50: each layer of ours with what it merges, and its float convolution."""
     torch.set_num_threads(1)
     models.PATHS, networks, rows = ("int8", "float32"), variants("resnet20", 32), []
     network = networks.get("ours, int8", networks["ours, float32"])
@@ -141,10 +143,12 @@ def layer_times(rounds: int) -> list[dict]:
         tried = medians({
             "to(uint8)": lambda: (x * 10).round_().clamp_(0, 15).to(torch.uint8),
             "by way of int16 (used)": lambda: (x * 10).round_().clamp_(0, 15).to(torch.int16).to(torch.uint8),
-            "round() into a new tensor": lambda: torch.round(x * 10).clamp_(0, 15).to(torch.int16).to(torch.uint8),
+            "round() into a new tensor":
+                lambda: torch.round(x * 10).clamp_(0, 15).to(torch.int16).to(torch.uint8),
         }, 5 * rounds)
         whole = medians({"network": lambda: network(torch.rand(50, 3, 32, 32))}, rounds)["network"]
-    return rows, {name: value / tried["by way of int16 (used)"] for name, value in tried.items()}, 1e6 * whole / 50
+    used = tried["by way of int16 (used)"]
+    return rows, {name: value / used for name, value in tried.items()}, 1e6 * whole / 50
 
 
 def best(rows: list[dict], arch: str, threads: int, variant: str, what: str) -> dict:
@@ -160,10 +164,11 @@ def report(found: dict) -> str:
     for arch in dict.fromkeys(row["arch"] for row in rows):
         for threads in (1, 2):
             for what in ("network", "sampling"):
-                some = [row for row in rows if (row["arch"], row["threads"], row["what"]) == (arch, threads, what)]
+                some = [row for row in rows
+                        if (row["arch"], row["threads"], row["what"]) == (arch, threads, what)]
                 reference = best(rows, arch, threads, "float, best", what)["per_second"]
-                lines.append(f"{arch}, {threads} thread(s), {what}: images a second over those of float at its best "
-                             f"batch ({reference:.0f}/s here)")
+                lines.append(f"{arch}, {threads} thread(s), {what}: images a second over those of float at its "
+                             f"best batch ({reference:.0f}/s here)")
                 batches = list(dict.fromkeys(row["batch"] for row in some))
                 lines.append(f"  {'batch':<18}" + "".join(f"{batch:>8}" for batch in batches) + "    best")
                 for name in names:
@@ -171,8 +176,8 @@ def report(found: dict) -> str:
                     lines.append(f"  {name:<18}" + "".join(f"{value:8.2f}" for value in values)
                                  + f"{max(values):8.2f}")
                 lines.append("")
-    lines.append("ResNet-20 by layer, one thread, batch 50, microseconds an image: ours with quantization, residual "
-                 "sum and ReLU;\nits convolution alone; the bare float convolution; float over ours")
+    lines.append("ResNet-20 by layer, one thread, batch 50, microseconds an image: ours with quantization, "
+                 "residual sum and ReLU;\nits convolution alone; the bare float convolution; float over ours")
     for row in found["layers"]:
         alone = row.get("our convolution alone", float("nan"))
         lines.append(f"  {row['layer']:<24}{row['ours']:8.1f}{alone:8.1f}{row['float convolution']:8.1f}"
@@ -187,12 +192,14 @@ def report(found: dict) -> str:
 
 
 def main() -> None:
+    arq.keep_memory()
     parser = argparse.ArgumentParser(description="Times every way to run a quantized network.")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="ResNet-20 only, three batch sizes")
     options = parser.parse_args()
     layers, tried, whole = layer_times(options.rounds)
-    rows = measure("resnet20", 32, [25, 100] if options.quick else [10, 25, 50, 100, 250, 1000], options.rounds)
+    batches = [25, 100] if options.quick else [10, 25, 50, 100, 250, 1000]
+    rows = measure("resnet20", 32, batches, options.rounds)
     if not options.quick:
         rows += measure("resnet50", 224, [10], max(2, options.rounds // 2))
     flags = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
