@@ -4,8 +4,6 @@
     python arq.py --dataset cifar10 --sigma 0.25 --budget 0.015   # the paper's setting
 
     paper              here                          meaning
-    f, f^P             classifier                    the base classifier, float or under a policy
-    P                  policy                        {layer: [w_bits, a_bits]}
     Algorithm 1        search                        base certificate, episodes of the agent, the best policy
     s_l                BitWidthEnvironment.features  features of layers and kinds (weights, input), in [0, 1]
     a -> b             BitWidthEnvironment.bits      action in [0, 1] to a width
@@ -48,7 +46,7 @@ IN_MEMORY_BYTES = 2 ** 31
 
 
 class InputError(ValueError):
-    """Something the user gave cannot work; the message says what, where, and what to do instead."""
+    """Something the user gave cannot work: what, where, and what to do instead."""
 
 
 # ---- options ----
@@ -108,9 +106,7 @@ class Config:
     alpha_zeta: float = option(0.001, "the same for the disparity in the incremental certificate")
     gamma: float = option(None, "cached p_A from which IRS as published draws fresh samples")
     reward_estimate: str = option("point", "rewards: ACR as point estimate on noise common to all policies, "
-                                  "or certified, by --incremental", choices=("point", "certified"))
-    incremental: str = option("paper", "certified rewards: paper (IRS) or off (fresh samples)",
-                              choices=("paper", "off"))
+                                  "or certified, by IRS", choices=("point", "certified"))
     image_size: int = option(None, "side of the images the network sees")
     batch_size: int = option(128, "training batch")
     eval_batch: int = option(None, "samples per forward pass when certifying")
@@ -157,9 +153,8 @@ def complete_config(config: Config) -> Config:
             setattr(config, name, value)
     config.device = pick_device(config.device)
     if config.eval_batch is None:  # small batches stay in a CPU's cache; a GPU wants large ones
-        samples = 100 if config.device == "cpu" else 2000
+        samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32 ** 2 // max(config.image_size, 32) ** 2)
-
     for name, upper in UPPER.items():
         value = getattr(config, name)
         if value is not None and not 0 < value < upper:
@@ -168,8 +163,6 @@ def complete_config(config: Config) -> Config:
         value = getattr(config, name)
         if not lowest <= value < 2 ** 31:
             raise InputError(f"{flag(name)} must be at least {lowest} and below 2^31, not {value}")
-    if config.alpha + config.alpha_zeta >= 1:
-        raise InputError("--alpha and --alpha-zeta together must stay below 1")
     for name in ("n", "search_n", "n_p"):
         n, alpha = getattr(config, name), config.alpha + (config.alpha_zeta if name == "n_p" else 0)
         if not certify.can_certify(n, alpha):
@@ -222,7 +215,7 @@ def digest(*parts: bytes) -> str:
 
 
 def write_whole(path: Path, value) -> None:
-    """A JSON, torch or other file, complete or not at all: written beside its place, which it then takes."""
+    """A JSON, torch or packed file, whole or not at all: written beside its place, which it then takes."""
     part = path.with_name(path.name + ".part")
     if path.suffix == ".json":
         part.write_text(json.dumps(value, indent=1) + "\n")
@@ -396,16 +389,13 @@ def augment(images: Tensor) -> Tensor:
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-# ---- training ----
-
 def train(classifier: nn.Module, images: ImageSet, indices: list[int], config: Config, steps: int, lr: float,
           weight_decay: float, purpose: str, state_path: Optional[Path] = None) -> None:
     """Gaussian noise augmentation (Cohen et al., section 3.3): cross-entropy of augmented images plus noise.
 
     Nesterov SGD for `steps` batches; the rate rises over the first fifth and falls along a cosine. Weight
-    decay spares quantizer steps, biases and BatchNorm. All randomness is seeded anew every epoch, so equal
-    arguments train equal networks, and with state_path an interrupted call continues from its last epoch.
-    Raises InputError, if state_path is given, when the loss is no longer finite.
+    decay spares steps, biases and BatchNorm. Randomness is seeded anew every epoch: equal arguments train
+    equal networks, and with state_path an interrupted call continues from its last epoch.
     """
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()[:4], "little")
     groups = [{"params": [p for p in classifier.parameters() if p.ndim > 1], "weight_decay": weight_decay},
@@ -449,7 +439,6 @@ class BitWidthEnvironment:
 
     A state (10,) holds, in [0, 1]: index, c_in, c_out, kernel, stride, input map size, number of weights,
     depthwise flag, weight-or-input flag, previous action. First and last layer keep 8 bits, unvisited.
-    Raises ValueError if no policy fits the budgets.
     """
 
     def __init__(self, table: list[Layer], budget: float, size_budget: Optional[float] = None):
@@ -486,8 +475,8 @@ def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float]
            episodes: int, seed: int, out: Path) -> dict:
     """Algorithm 1 after the base certificate: the agent's episodes, and the best one's record.
 
-    evaluate(policy) is the ACR of g^P on the search images; reward = (ACR(g^P) - ACR(g)) / ACR(g). Each
-    episode ends with its line in search.jsonl and the agent in search_state.pt, where a later call continues.
+    evaluate(policy) is the ACR of g^P on the search images. Each episode ends with its line in search.jsonl
+    and the agent in search_state.pt, where a later call continues.
     """
     warmup = min(20, max(1, episodes // 3))
     agent = DDPG(environment.state_size, seed, DDPGConfig(episodes=episodes, warmup_episodes=warmup))
@@ -519,7 +508,7 @@ def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float]
     return max(records, key=lambda record: record["acr"])
 
 
-# ---- stages ----
+# ---- the run ----
 
 def base_path(config: Config, images: ImageSet) -> Path:
     """Where a base trained with these options is kept, for every run whose base options are equal."""
@@ -588,20 +577,17 @@ class PolicyEvaluator:
         models.set_policy(self.classifier, policy)
         train(self.classifier, self.train_images, self.train_ids, config, config.episode_steps, EPISODE_LR,
               FINETUNE_DECAY, "episode")
-        network, batch = integers(self.classifier, config), config.eval_batch
-        what = network, self.cache, self.images, config.n_p
+        what = integers(self.classifier, config), self.cache, self.images, config.n_p
         if config.reward_estimate == "point":
-            return float(certify.estimate_radii(*what, batch).mean())
-        gamma = config.gamma if config.incremental == "paper" else 0.0
-        return certify.average_certified_radius(certify.certify_incremental(
-            *what, config.alpha_zeta, gamma, batch_size=batch))
+            return float(certify.estimate_radii(*what, config.eval_batch).mean())
+        rows = certify.certify_incremental(*what, config.alpha_zeta, config.gamma, config.eval_batch)
+        return certify.average_certified_radius(rows)
 
 
 def certify_images(classifier: Classifier, images: ImageSet, config: Config, path: Path,
                    purpose: str) -> list[certify.Certificate]:
     """The final certificate on test images, one flushed row an image; rows already in the file are kept."""
-    indices = evenly_spaced(config.images, len(images))
-    key = NoiseKey(config.seed, purpose)
+    indices, key = evenly_spaced(config.images, len(images)), NoiseKey(config.seed, purpose)
     path.touch()
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a last row that was cut off
     done = certify.read_certificates(path) if path.stat().st_size else []
@@ -658,8 +644,8 @@ def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], con
             x.cpu()  # waits for the device
         return (time.monotonic() - start) / count
 
-    count, batch = 3 * config.eval_batch, config.eval_batch
-    sample = x, [0], count, len(images.classes), config.sigma, NoiseKey(0, "timing"), batch
+    count, key = 3 * config.eval_batch, NoiseKey(0, "timing")
+    sample = x, [0], count, len(images.classes), config.sigma, key, config.eval_batch
     batches = images, ids[:config.batch_size], config, 2, 0.0, 0.0, "timing"
     float_pass, int_pass = (seconds(count, certify.class_counts, net, *sample) for net in (base, quantized))
     base_step, step = (seconds(2 * config.batch_size, train, net, *batches) for net in (plain, simulated))
@@ -674,8 +660,6 @@ def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], con
     for name, needed in {**stages, "together": sum(stages.values())}.items():
         print(f"  {name:<34}{duration(needed):>8}", flush=True)
 
-
-# ---- the run ----
 
 def open_run(config: Config, *image_sets: ImageSet) -> Path:
     """The run folder, new or of a run with the same options, images and networks. Raises InputError."""
@@ -719,7 +703,6 @@ def run(config: Config) -> dict:
         results, policy = (json.loads((out / name).read_text()) for name in ("results.json", "policy.json"))
         print_report(results, policy, config, out)
         return results
-
     print(f"{config.dataset}: {len(train_ids)} training, {len(search_ids)} search and {config.images} test "
           f"images, {num_classes} classes; {config.arch}, sigma {config.sigma:g}; run folder {out}")
     print_expected_times(base, train_images, train_ids, config, trained)
@@ -740,9 +723,9 @@ def run(config: Config) -> dict:
     models.quantize_model(classifier, config.image_size)
     search_images = train_images.batch(search_ids, config.device)
     calibrate(classifier, search_images, config)
-    search_labels = [train_images.labels[i] for i in search_ids]
-    cache = stages.run("certify the base, search images", certify_and_keep, classifier, search_images,
-                       search_labels, search_ids, num_classes, config, out / "search_cache.pt")
+    labels = [train_images.labels[i] for i in search_ids]
+    cache = stages.run("certify the base, search images", certify_and_keep, classifier, search_images, labels,
+                       search_ids, num_classes, config, out / "search_cache.pt")
     base_acr = certify.average_certified_radius(cache.certificates)
     print(f"  ACR of the base on the search images: {down(base_acr)}")
     if base_acr == 0:
@@ -752,7 +735,6 @@ def run(config: Config) -> dict:
     best = stages.run("search", search, environment, evaluate, base_acr, config.episodes, config.seed, out)
     policy = best["policy"]
     write_whole(out / "policy.json", policy)
-
     if not (out / "model.arq").exists():
         classifier.load_state_dict(evaluate.base_state)
         models.set_policy(classifier, policy)
@@ -772,10 +754,12 @@ def run(config: Config) -> dict:
     rows = stages.run("certify ARQ, test images", certify_images, classifier, test_images, config,
                       out / "certificates.tsv", "certificate")
     results = summarize(rows, classifier, table, policy, config, best["acr"], out / "model.arq")
-    float_policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
-    results["base"] = summarize(base_rows, base, table, float_policy, config, base_acr)
+    wide = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
+    results["base"] = summarize(base_rows, base, table, wide, config, base_acr)
     results["acr_difference"] = dict(zip(("mean", "standard_error"), certify.acr_difference(rows, base_rows)))
-    return finish(results, stages, policy, config, out)
+    write_whole(out / "results.json", {**results, "stages": stages.records})
+    print_report(results, policy, config, out)
+    return results
 
 
 def calibrate(classifier: Classifier, images: Tensor, config: Config) -> None:
@@ -794,25 +778,19 @@ def evaluate_saved(config: Config) -> dict:
         classifier, table, saved = models.load_model(config.evaluate)
         policy, file = saved["policy"], Path(config.evaluate)
         if saved["classes"] != classes:
-            raise InputError(f"--evaluate {config.evaluate} was made for classes {saved['classes'][:3]} ..., "
-                             f"these images have {classes[:3]} ...; give its --data")
+            raise InputError(f"--evaluate {config.evaluate} is for classes {saved['classes'][:3]} ..., these "
+                             f"images have {classes[:3]} ...; give its --data")
     else:
         classifier = build_base(dataclasses.replace(config, checkpoint=config.evaluate), len(classes), None)
         table = models.quantize_model(classifier, config.image_size)
         policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
-    out = open_run(config, test_images)
+    out, classifier = open_run(config, test_images), integers(classifier, config)
     stages = Stages(out / "stages.json")
-    classifier = integers(classifier, config)
     stages.watch(classifier)
     rows = stages.run("certify", certify_images, classifier, test_images, config, out / "certificates.tsv",
                       "certificate")
     results = summarize(rows, classifier, table, policy, config, None, file)
-    return finish(results, stages, policy, config, out)
-
-
-def finish(results: dict, stages: Stages, policy: Policy, config: Config, out: Path) -> dict:
-    results["stages"] = stages.records
-    write_whole(out / "results.json", results)
+    write_whole(out / "results.json", {**results, "stages": stages.records})
     print_report(results, policy, config, out)
     return results
 
@@ -829,11 +807,10 @@ def summarize(rows, classifier: nn.Module, table: list[Layer], policy: Policy, c
                           "accuracy": certify.certified_accuracy(both_sides, 0)},
             "bitops_ratio": models.bitops_ratio(table, policy),
             "size_bytes": models.size_bytes(table, policy),
-            "file_bytes": file.stat().st_size if file else None,
-            "path": getattr(classifier, "path", "float"), "search_acr": search_acr, "images": len(rows),
+            "file_bytes": file.stat().st_size if file else None, "path": getattr(classifier, "path", "float"),
+            "search_acr": search_acr, "images": len(rows), "network": network_hash(classifier, policy),
             "sigma": config.sigma, "n0": config.n0, "n": config.n, "alpha": config.alpha,
             "expected_false_certificates": config.alpha * len(rows),
-            "network": network_hash(classifier, policy),
             "device": config.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
 
 
@@ -856,7 +833,6 @@ def print_report(results: dict, policy: Policy, config: Config, out: Path) -> No
           f"n0 = {config.n0}, n = {config.n}; radii one-sided unless named otherwise; alpha = "
           f"{config.alpha:g} an image, so {results['expected_false_certificates']:g} false certificates are "
           f"expected at most\n")
-
     rows = {"accuracy (certified, radius 0)": lambda r: down(r["accuracy"]),
             **{f"certified accuracy at {key}": lambda r, key=str(key): down(r["certified_accuracy"][key])
                for key in RADII},

@@ -5,9 +5,8 @@ of shape (channels, height, width); noise has standard deviation sigma in those 
 before any normalisation.
 
     paper     here          meaning
-    f         classifier    base classifier: (batch, channels, height, width) -> logits (batch, classes)
+    f, f^P    classifier    base classifier, changed classifier: images (B, C, H, W) -> logits (B, classes)
     g         -             smoothed classifier, g(x) = argmax_c P[f(x + eps) = c] with eps ~ N(0, sigma^2 I)
-    f^P       classifier    the changed (quantized) classifier, in functions that also take a ReplayCache of f
     c_A       selected      the class chosen on n0 samples; the bounds use samples this choice did not see
     n_A, n_B  n_a, n_b      votes for c_A, and for the most counted other class, among n samples
     p_A       p_lower       lower confidence bound of P[f(x + eps) = c_A]

@@ -23,9 +23,8 @@ from torch.nn import functional as F
 
 @dataclass
 class DDPGConfig:
-    """HAQ's settings but for the end of exploration: `episodes` is the length of the search,
-    `warmup_episodes` of them take uniformly random actions, and the noise then falls geometrically to
-    `noise_final` at the last."""
+    """HAQ's settings but for the end of exploration: of `episodes`, `warmup_episodes` take uniformly random
+    actions; the noise then falls geometrically to `noise_final` at the last."""
     hidden: int = 300
     actor_lr: float = 1e-4
     critic_lr: float = 1e-3
@@ -124,13 +123,11 @@ class DDPG:
         return config.noise * (config.noise_final / config.noise) ** done
 
     @torch.no_grad()
-    def act(self, state: Tensor, explore: bool = True) -> float:
+    def act(self, state: Tensor) -> float:
         """Action in [0, 1] for a state (S,): uniform in warm-up, then mu(s) with truncated normal noise."""
-        if explore and self.episode < self.config.warmup_episodes:
+        if self.episode < self.config.warmup_episodes:
             return float(torch.rand((), generator=self.generator))
         mean = float(self.actor(state[None]))
-        if not explore:
-            return mean
         # Inverse-CDF sampling of a normal truncated to [0, 1] needs one uniform draw and never rejects.
         low, high = torch.special.ndtr((torch.tensor([0.0, 1.0]) - mean) / self.noise)
         uniform = torch.rand((), generator=self.generator)

@@ -11,8 +11,8 @@ network of convolutions and linear layers quantizable in place; `set_policy` cha
     BitOPs(P)    bitops         sum over layers of MACs * w_bits * a_bits
     size(P)      size_bytes     sum over layers of weights * w_bits, in bytes
 
-Training simulates (QuantLayer); what is certified is `integer_network`: integer convolutions and one float32
-epilogue per channel, acc * scale + shift. `pack_model` and `load_model` keep those integers in a file.
+Training simulates (QuantLayer); what is certified is `integer_network`: integers and one float32 epilogue per
+channel, acc * scale + shift. `pack_model` and `load_model` keep those integers in a file.
 
 Sources: LSQ (Esser et al., ICLR 2020) for learned steps; He et al. (2016), section 4.2, for CIFAR ResNets.
 """
@@ -91,7 +91,6 @@ class CifarResNet(nn.Module):
 
 class Classifier(nn.Module):
     """Images in [0, 1], noisy or not, to logits: normalisation, then the network `net`."""
-
     def __init__(self, net: nn.Module, mean=CIFAR10_MEAN, std=CIFAR10_STD):
         super().__init__()
         self.net = net
@@ -169,11 +168,9 @@ def quantize(v: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
 
 
 class FakeQuantize(torch.autograd.Function):
-    """step * round(clip(v / step)) with LSQ's gradients (Esser et al., section 2.1).
-
-    Straight through for v inside the clip range and zero outside; the step's gradient is q - v/step inside
-    and q outside, times 1 / sqrt(N Q) with N elements per step (of one sample for activations) and Q = q_max.
-    """
+    """step * round(clip(v / step)) with LSQ's gradients (Esser et al., section 2.1): for v 1 inside the clip
+    range, else 0; for the step q - v/step inside and q outside, times 1 / sqrt(N Q), with N elements per step
+    (of one sample for activations) and Q = q_max."""
 
     @staticmethod
     def forward(ctx, v, step, q_min, q_max, elements):
@@ -266,7 +263,7 @@ class QuantLayer(nn.Module):
         self.set_integers(weight, self.a_step.data, scale, shift)
 
     def set_integers(self, weight: Tensor, a_step: Tensor, scale: Tensor, shift: Tensor) -> None:
-        """Freeze with these: weight int8 in its float shape, a_step (), scale and shift (c_out,)."""
+        """Freeze with int8 weight in its float shape, a_step (), scale and shift (c_out,)."""
         del self.weight, self.w_step, self.a_step
         self.bias, self.norm, self.frozen = None, nn.Identity(), True
         for name, value in dict(weight=weight, a_step=a_step, scale=scale, shift=shift).items():
@@ -295,8 +292,7 @@ class QuantLayer(nn.Module):
                 self.doubled = int8_saturates() and pair >= 2 ** 15 and groups == 1
                 if self.doubled:
                     weight = torch.cat([weight // 2, weight - weight // 2], 1)
-                lists = [list(self.conv[name]) for name in ("stride", "padding", "dilation")]
-                self.settings = *lists, groups
+                self.settings = *(list(self.conv[name]) for name in ("stride", "padding", "dilation")), groups
                 self.ones = torch.ones(len(weight))
                 prepack = torch.ops.onednn.qconv_prepack
                 self.packed = prepack(weight, self.ones, 1.0, -self.low, *self.settings)
@@ -431,31 +427,24 @@ def quantize_model(classifier: nn.Module, image_size: int) -> list[Layer]:
         raise ValueError("every convolution and linear layer must run exactly once in a forward pass")
     if any(isinstance(module, nn.Linear) and x.ndim != 2 for module, x, _ in calls):
         raise ValueError("linear layers must see inputs (batch, features)")
-
     table = []
     for module, x, out in calls:
         conv = isinstance(module, nn.Conv2d)
         c_in, c_out = x.shape[1], out.shape[1]
-        positions = out[0, 0].numel()  # 1 for a linear layer
         table.append(Layer(names[module], c_in, c_out, module.kernel_size[0] if conv else 1,
                            module.stride[0] if conv else 1, x.shape[-1] if conv else 1, module.weight.numel(),
-                           module.weight.numel() * positions, conv and module.groups == c_in > 1))
+                           module.weight.numel() * out[0, 0].numel(), conv and module.groups == c_in > 1))
         norm = norm_of.get(module, nn.Identity())
-        _replace(body, names[module], QuantLayer(module, norm, x.shape[1:]).to(device))
+        body.set_submodule(names[module], QuantLayer(module, norm, x.shape[1:]).to(device))
         if module in norm_of:
-            _replace(body, names[norm], nn.Identity())
+            body.set_submodule(names[norm], nn.Identity())
     with torch.no_grad():
         same = torch.equal(classifier(probe), expected)
     classifier.train(was_training)
     if not same:
-        raise ValueError("BatchNorm cannot be folded: a convolution's output is used before its BatchNorm, "
-                         "or changed in place, or a convolution does not pad with zeros")
+        raise ValueError("BatchNorm cannot be folded: a convolution's output is used before it or changed in "
+                         "place, or a convolution does not pad with zeros")
     return table
-
-
-def _replace(root: nn.Module, path: str, new: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(root.get_submodule(parent), name, new)
 
 
 def quant_layers(classifier: nn.Module) -> dict[str, QuantLayer]:
@@ -468,8 +457,7 @@ def set_policy(classifier: nn.Module, policy: Policy) -> None:
     """Set every layer's widths. Raises ValueError unless the policy names exactly the network's layers."""
     layers = quant_layers(classifier)
     if layers.keys() != policy.keys():
-        raise ValueError("the policy's layers are not the network's: "
-                         f"{sorted(layers.keys() ^ policy.keys())[:3]} ...")
+        raise ValueError(f"the policy's layers are others: {sorted(layers.keys() ^ policy.keys())[:3]} ...")
     for name, (w_bits, a_bits) in policy.items():
         both_float = w_bits == a_bits == FLOAT_BITS
         if not both_float and not (MIN_BITS <= w_bits <= MAX_BITS and MIN_BITS <= a_bits <= MAX_BITS):
@@ -477,19 +465,18 @@ def set_policy(classifier: nn.Module, policy: Policy) -> None:
         layers[name].set_bits(w_bits, a_bits)
 
 
-@torch.no_grad()
 def keep_steps_positive(classifier: nn.Module) -> None:
     """After an optimizer's update: a step size must stay above 0 to mean anything."""
     for layer in quant_layers(classifier).values():
-        layer.w_step.clamp_(min=1e-6)
-        layer.a_step.clamp_(min=1e-6)
+        layer.w_step.data.clamp_(min=1e-6)
+        layer.a_step.data.clamp_(min=1e-6)
 
 
 @torch.no_grad()
 def calibrate(classifier: nn.Module, batches: Iterable[Tensor], values: int = 65536) -> None:
     """Find, on the float network, each layer's activation step per width and whether its input is signed.
 
-    batches: images (B, 3, H, W) as the network will see them, noise included. The steps minimise the squared
+    batches: images (B, 3, H, W) as the network will see them, noise included. Steps have the least squared
     error on about `values` inputs a layer; the input is unsigned if none of them is below zero.
     """
     seen: dict[QuantLayer, list[Tensor]] = {layer: [] for layer in quant_layers(classifier).values()}
@@ -543,11 +530,10 @@ def uniform_policy(table: list[Layer], bits: int, end_bits: int = END_BITS) -> P
 
 def enforce_budget(table: list[Layer], policy: Policy, budget: float,
                    size_budget: Optional[float] = None) -> Policy:
-    """The policy, forced under the budget (HAQ, section 3.3): from the last layer back, one bit at a time.
+    """The policy, forced under fractions of the float network's BitOPs and weight bits (HAQ, section 3.3).
 
-    budget and size_budget are fractions of the float network's BitOPs and weight bits. Each visit takes one
-    bit from the layer's weights, then one from its input, until the policy fits; the ends keep their 8 bits.
-    Raises ValueError if the narrowest policy is over the budget.
+    From the last layer back, each visit takes one bit from the weights, then one from the input, until the
+    policy fits; the ends keep 8 bits. Raises ValueError if the narrowest policy is over the budget.
     """
     policy = {name: list(bits) for name, bits in policy.items()}
 
@@ -577,13 +563,6 @@ RELUS = {F.relu: math.inf, torch.relu: math.inf, nn.ReLU: math.inf, nn.ReLU6: 6.
 ADDS = (operator.add, operator.iadd, torch.add)
 
 
-class LayerTracer(fx.Tracer):
-    """Traces a network down to its QuantLayers."""
-
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, QuantLayer) or super().is_leaf_module(module, name)
-
-
 def integer_network(classifier: nn.Module, batch: int = 2) -> nn.Module:
     """The network as it is evaluated and certified: a frozen copy, in evaluation mode, on the same device.
 
@@ -600,9 +579,11 @@ def integer_network(classifier: nn.Module, batch: int = 2) -> nn.Module:
     path = next((path for path in PATHS if all(layer.use_path(path, batch) for layer in layers)), None)
     if path is None:
         raise RuntimeError("no way to convolve integers exactly on this device; use --device cpu")
-    targets = {}
+    targets, tracer = {}, fx.Tracer()
+    leaf = tracer.is_leaf_module
+    tracer.is_leaf_module = lambda module, name: isinstance(module, QuantLayer) or leaf(module, name)
     try:
-        graph = LayerTracer().trace(network)
+        graph = tracer.trace(network)
         targets, hooks = merge(graph, network), network._forward_pre_hooks
         network = fx.GraphModule(network, graph).eval() if layers else network
         network._forward_pre_hooks = hooks  # whoever counts the images counts on
@@ -615,8 +596,7 @@ def integer_network(classifier: nn.Module, batch: int = 2) -> nn.Module:
 
 
 def merge(graph: fx.Graph, network: nn.Module) -> dict[QuantLayer, QuantLayer]:
-    """Merge into each frozen layer the sum and the ReLU that follow it. Returns, for layers whose output one
-    other layer alone reads, that layer."""
+    """Merge the sum and the ReLU behind it into each frozen layer. Returns {layer: its only reader}."""
     modules, targets = dict(network.named_modules()), {}
 
     def frozen(node) -> Optional[QuantLayer]:
@@ -663,7 +643,7 @@ MAGIC, VERSION = b"ARQ\n", 1
 
 
 def pack_bits(values: Tensor, bits: int) -> bytes:
-    """Symmetric integers of so many bits, shifted to start at 0, one after the other, lowest bit first."""
+    """Symmetric integers, shifted to start at 0, so many bits each, lowest bit first."""
     shifted = values.flatten().cpu().to(torch.int16) + (2 ** (bits - 1) - 1)
     planes = (shifted[:, None] >> torch.arange(bits, dtype=torch.int16)) & 1
     octets = F.pad(planes.flatten(), (0, -planes.numel() % 8)).view(-1, 8)
@@ -719,14 +699,11 @@ def read_packed(path) -> Optional[tuple[dict, bytes]]:
 
 
 def load_model(path) -> tuple[Classifier, list[Layer], dict]:
-    """What pack_model made of a network: frozen classifier (for `integer_network`), layer table, description.
-
-    The description's policy is by layer name. Raises ValueError unless the file is whole and of this version.
-    """
-    found = read_packed(path)
-    if found is None:
+    """What pack_model made of a network: frozen classifier (for `integer_network`), layer table, description
+    (policy by layer name). Raises ValueError unless the file is whole and of this version."""
+    saved, data = read_packed(path) or ({}, b"")
+    if not saved:
         raise ValueError(f"{path}: not a network saved by this program")
-    saved, data = found
     classifier = build_classifier(saved["arch"], len(saved["classes"]), saved["mean"], saved["std"],
                                   saved["option_a"])
     table = quantize_model(classifier, saved["image_size"])

@@ -1168,7 +1168,7 @@ def fails(arguments, capsys, *words) -> bool:
     (["--sigmas", "1"], ["--sigmas"]),
     (["--n-p", "600"], ["--n-p 600", "--search-n 500"]),
     (["--n-p", "5"], ["--n-p 5", "at least 9"]),
-    (["--incremental", "sharp"], ["sharp", "paper"]),
+    (["--reward-estimate", "sharp"], ["sharp", "certified"]),
     (["--budget", "1.5"], ["--budget", "below 1"]),
     (["--images", "2000"], ["--images 2000", "1000"]),
     (["--mean", "1", "2"], ["--mean"]),

@@ -75,8 +75,8 @@ def paired_lower_bound(both: Tensor, lost: Tensor, gained: Tensor, m: Tensor, k:
 
 
 def expected_radius(p: Tensor, weight: Tensor, samples: Tensor, alpha: float, loss=0.0) -> Tensor:
-    """Mean radius over sigma (B, S) that `samples` (B, S) will certify at alpha, less `loss` off the bound, if
-    p (B,) is known as from `weight` (B,) samples: over six quantiles of a beta distribution for the votes."""
+    """Mean radius over sigma (B, S) that `samples` (B, S) will certify at alpha, less `loss` off the bound,
+    if p (B,) is known as from `weight` (B,) samples: over six quantiles of a beta distribution."""
     p, weight, samples = p[:, None, None], weight[:, None, None], samples.clamp(min=2)[..., None]
     size = samples * (weight + 1) / (weight + samples) - 1
     votes = torch.as_tensor(beta.ppf((torch.arange(6) + 0.5) / 6, p * size, (1 - p) * size)) * samples

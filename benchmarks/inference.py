@@ -4,9 +4,9 @@
 
 In one process, in turn, medians of --rounds: images a second through the network alone and through sampling
 (noise included), for the float network as published code runs it (BatchNorm unfolded, NCHW), float at its
-best (folded, channels_last), fake-quantized as usual (scale, round, clip and back, at every call), and ours on
-each path. 4 bits, ends 8; random weights, since time does not depend on their values. Writes inference.json and
-inference.txt beside this file.
+best (folded, channels_last), fake-quantized as usual (scale, round, clip and back, at every call), and ours
+on each path. 4 bits, ends 8; random weights, since time does not depend on their values. Writes
+inference.json and inference.txt beside this file.
 """
 
 import argparse
@@ -167,8 +167,8 @@ def report(found: dict) -> str:
                 some = [row for row in rows
                         if (row["arch"], row["threads"], row["what"]) == (arch, threads, what)]
                 reference = best(rows, arch, threads, "float, best", what)["per_second"]
-                lines.append(f"{arch}, {threads} thread(s), {what}: images a second over those of float at its "
-                             f"best batch ({reference:.0f}/s here)")
+                lines.append(f"{arch}, {threads} thread(s), {what}: images a second over those of float at "
+                             f"its best batch ({reference:.0f}/s here)")
                 batches = list(dict.fromkeys(row["batch"] for row in some))
                 lines.append(f"  {'batch':<18}" + "".join(f"{batch:>8}" for batch in batches) + "    best")
                 for name in names:
