@@ -2,9 +2,9 @@
 
     python benchmarks/attack.py --data data --checkpoint resnet20_cifar10_sigma0.25.pt
 
-Certifies test images with the float network and a quantized one (--model, the model.pt of a run;
-else a 4-bit copy made here) and attacks every right certificate twice: within 0.999 of its radius R
-(one-sided), where the smoothed class must not change, and within 2 R, where nothing is promised.
+Certifies test images with the float network and a 4-bit copy, and attacks every right certificate twice:
+within 0.999 of its radius R (one-sided), where the smoothed class must not change, and within 2 R, where nothing is
+promised. What is certified and judged is the integer network; gradients are its simulation's.
 The attack is SmoothAdv (Salman et al., NeurIPS 2019): projected gradient ascent on -log of the
 softmax averaged over noise, drawn afresh at every step; images stay within [0, 1]. One is broken
 if PREDICT returns another class, on noise of its own; abstentions count apart. Certificate and
@@ -67,6 +67,7 @@ def attack(classifier, images, labels, eps, sigma, steps, draws, generator):
 def attack_network(classifier, test_images, config, options):
     """Certify and attack block by block; yields the counts so far after each."""
     classifier.requires_grad_(False)  # only the image moves
+    network = arq.integers(classifier, config)
     generator, began = torch.Generator(config.device).manual_seed(0), time.monotonic()
     setting = dict(num_classes=len(test_images.classes), sigma=config.sigma, n=N, alpha=ALPHA,
                    batch_size=config.eval_batch)
@@ -75,7 +76,7 @@ def attack_network(classifier, test_images, config, options):
     block = max(1, config.eval_batch // options.draws)
     for first in range(0, len(indices), block):
         ids = indices[first:first + block]
-        rows = certify.certify(classifier, test_images.batch(ids, config.device),
+        rows = certify.certify(network, test_images.batch(ids, config.device),
                                [test_images.labels[i] for i in ids], ids, n0=N0,
                                key=NoiseKey(config.seed, "before the attack"), **setting)
         rows = [row for row in rows if row.correct]
@@ -88,7 +89,7 @@ def attack_network(classifier, test_images, config, options):
             x = attack(classifier, images, labels, eps, config.sigma, options.steps, options.draws,
                        generator)
             key = NoiseKey(config.seed, f"attacked, {reach}")
-            classes = certify.predict(classifier, x, ids, key=key, **setting)
+            classes = certify.predict(network, x, ids, key=key, **setting)
             gone = (x.double() - images.double()).flatten(1).norm(dim=1).tolist()
             for row, c, distance in zip(rows, classes, gone):
                 found["farthest"] = max(found["farthest"], distance / row.radius)
@@ -114,7 +115,6 @@ def quantized_copy(base, train_images, config):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--model")
     for name, value in {"dataset": "cifar10", "data": "data", "device": "auto", "sigma": 0.25,
                         "images": 100, "steps": 20, "draws": 16,
                         "out": ROOT / "results" / "attack.json"}.items():
@@ -124,17 +124,10 @@ def main():
                                for name in ("dataset", "data", "device", "sigma", "images")])
     train_images, test_images = arq.load_images(config)
     base = models.load_base_checkpoint(options.checkpoint, config.arch, len(test_images.classes))
-    networks = {"float": arq.prepare(base, config)}
-    if options.model:
-        quantized, _, saved = models.load_model(options.model)
-        if (saved["sigma"], saved["classes"]) != (config.sigma, test_images.classes):
-            parser.error(f"--model {options.model} was made for other noise or other classes")
-        networks["quantized"] = arq.prepare(quantized, config)
-    else:
-        networks["4 bits"] = quantized_copy(base, train_images, config)
+    networks = {"float": arq.prepare(base, config), "4 bits": quantized_copy(base, train_images, config)}
 
-    results = {name: getattr(options, name) for name in ("checkpoint", "model", "dataset", "sigma",
-                                                         "images", "steps", "draws")}
+    results = {name: getattr(options, name) for name in ("checkpoint", "dataset", "sigma", "images", "steps",
+                                                         "draws")}
     results["checkpoint"] = Path(options.checkpoint).name
     results.update(n0=N0, n=N, alpha=ALPHA, reach=REACH, device=config.device,
                    threads=torch.get_num_threads(), networks={})

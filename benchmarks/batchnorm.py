@@ -68,8 +68,9 @@ def main():
     state = copy.deepcopy(classifier.state_dict())
 
     def classes():
+        network = models.integer_network(classifier)
         with torch.inference_mode():
-            return torch.cat([classifier(x).argmax(1) for x in test])
+            return torch.cat([network(x).argmax(1) for x in test])
 
     float_classes = classes()
     right = float((float_classes == labels).float().mean())

@@ -42,7 +42,8 @@ KEY = certify.NoiseKey(0, "benchmark")
 
 def sampled(classifier, images, ids, n, sigma, key) -> torch.Tensor:
     """Predicted classes (B, n) of the first n noisy copies of every image, as uint8."""
-    stream = certify.noisy_predictions(classifier, images, ids, [n] * len(ids), sigma, key, 100)
+    network = models.integer_network(classifier)
+    stream = certify.noisy_predictions(network, images, ids, [n] * len(ids), sigma, key, 100)
     return torch.cat([classes for _, classes in stream]).view(-1, n).to(torch.uint8)
 
 

@@ -29,8 +29,9 @@ def main():
     steps = config.epochs * len(indices) // config.batch_size
 
     def accuracy(classifier, sigma):
+        network = models.integer_network(classifier)
         with torch.inference_mode():
-            found = torch.cat([classifier(part).argmax(1) for part in (x + sigma * noise).split(100)])
+            found = torch.cat([network(part).argmax(1) for part in (x + sigma * noise).split(100)])
         return float((found == labels).float().mean())
 
     def base(sigma):
