@@ -584,11 +584,12 @@ def integer_network(classifier: nn.Module, batch: int = 2) -> nn.Module:
     tracer.is_leaf_module = lambda module, name: isinstance(module, QuantLayer) or leaf(module, name)
     try:
         graph = tracer.trace(network)
+    except Exception:  # torch.fx raises many kinds, for networks that it cannot follow
+        graph = None
+    if graph is not None and layers:
         targets, hooks = merge(graph, network), network._forward_pre_hooks
-        network = fx.GraphModule(network, graph).eval() if layers else network
+        network = fx.GraphModule(network, graph).eval()
         network._forward_pre_hooks = hooks  # whoever counts the images counts on
-    except fx.proxy.TraceError:
-        pass
     for layer in layers:
         layer.join(targets.get(layer))
     network.path = path if layers else "float"

@@ -3,8 +3,8 @@
     python benchmarks/attack.py --data data --checkpoint resnet20_cifar10_sigma0.25.pt
 
 Certifies test images with the float network and a 4-bit copy, and attacks every right certificate twice:
-within 0.999 of its radius R (one-sided), where the smoothed class must not change, and within 2 R, where nothing is
-promised. What is certified and judged is the integer network; gradients are its simulation's.
+within 0.999 of its radius R (one-sided), where the smoothed class must not change, and within 2 R, where
+nothing is promised. What is certified and judged is the integer network; gradients are its simulation's.
 The attack is SmoothAdv (Salman et al., NeurIPS 2019): projected gradient ascent on -log of the
 softmax averaged over noise, drawn afresh at every step; images stay within [0, 1]. One is broken
 if PREDICT returns another class, on noise of its own; abstentions count apart. Certificate and
