@@ -784,6 +784,36 @@ def test_predictions_do_not_depend_on_batch_size_or_threads(path):
     assert all(torch.equal(found[0], other) for other in found)
 
 
+class Sums(nn.Module):
+    """Sums that a layer may not take over: of a part read again, of a view, of an input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x):
+        y = F.relu(self.first(x) + x)
+        z = F.relu(self.second(y) + y)
+        w = y.flatten(1)
+        z = z + self.third(z) + y
+        return self.fc((z + w.view(y.shape)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("path", paths())
+def test_sums_whose_parts_are_needed_later_stay_whole(path):
+    torch.manual_seed(0)
+    net, x = Sums().eval(), torch.rand(6, 3, 8, 8)
+    table = models.quantize_model(net, 8)
+    models.calibrate(net, [x])
+    models.set_policy(net, models.uniform_policy(table, 8))
+    network, before = on_path(net, path), x.clone()
+    with torch.inference_mode():
+        found = network(x)
+        assert torch.allclose(found, net(x), atol=0.02) and torch.equal(found, network(x))
+    assert torch.equal(x, before)
+
+
 def test_networks_that_cannot_be_traced_run_layer_by_layer():
     class Branching(nn.Module):
         def __init__(self):
