@@ -341,13 +341,13 @@ class QuantLayer(nn.Module):
 
     def sums(self, q: Tensor) -> Tensor:
         """conv(q, weight) for integers q given as floats: exact, rounded to float32 once."""
-        if self.path == "int8":
-            return self._int8(self._to_uint8(q), self.ones, 0 * self.ones)
-        return self._floats(q)
+        return (self._floats(q) if self.path != "int8" else
+                self._int8(self._to_uint8(q), self.ones, 0 * self.ones))
 
     def _to_uint8(self, q: Tensor) -> Tensor:
-        # By way of int16: torch converts float32 to uint8 one value at a time, five times slower.
-        return (q - self.low if self.low else q).to(torch.int16).to(torch.uint8)
+        # By way of int8 or int16: torch converts float32 to uint8 one value at a time, five times slower.
+        q = (q - self.low if self.low else q).to(torch.int8 if self.high - self.low < 128 else torch.int16)
+        return q.view(torch.uint8) if q.dtype == torch.int8 else q.to(torch.uint8)
 
     def _floats(self, q: Tensor) -> Tensor:
         if len(self.parts) == 1:
