@@ -1236,7 +1236,7 @@ def test_a_run_leaves_what_others_script_against(finished_run):
     assert all({"seconds", "forward_passes"} <= stage.keys() for stage in results["stages"].values())
     passes = {name: stage["forward_passes"] for name, stage in results["stages"].items()}
     assert passes["fine-tune"] == 12 * 128 and passes["certify ARQ, test images"] == 6 * 220
-    right, rest = divmod(passes["search"] - 4 * 128, 4 * 50)  # 4 rewards, of 50 samples an image of right class
+    right, rest = divmod(passes["search"] - 4 * 128, 4 * 50)  # 50 samples an image of right class
     assert 1 <= right <= 12 and rest == 0
     rows = certify.read_certificates(out / "certificates.tsv")
     assert [row.idx for row in rows] == [i * 1000 // 6 for i in range(6)]
