@@ -293,7 +293,7 @@ class QuantLayer(nn.Module):
                 if self.doubled:
                     weight = torch.cat([weight // 2, weight - weight // 2], 1)
                 self.settings = *(list(self.conv[name]) for name in ("stride", "padding", "dilation")), groups
-                self.ones = torch.ones(len(weight))
+                self.ones, self.zeros = torch.ones(len(weight)), torch.zeros(len(weight)).long()
                 prepack = torch.ops.onednn.qconv_prepack
                 self.packed = prepack(weight, self.ones, 1.0, -self.low, *self.settings)
             else:
@@ -358,7 +358,7 @@ class QuantLayer(nn.Module):
     def _int8(self, q: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor] = None,
               relu: bool = False, rounds: bool = False) -> Tensor:
         q, op = torch.cat([q, q], 1) if self.doubled else q, torch.ops.onednn.qconv2d_pointwise
-        begin = q, 1.0, -self.low, self.packed, scale, torch.zeros_like(scale, dtype=torch.int64)
+        begin = q, 1.0, -self.low, self.packed, scale, self.zeros
         middle = shift, *self.settings, 1.0, *((self.zero, torch.uint8) if rounds else (0, torch.float32))
         end = "relu" if relu else "none", [], ""
         if residual is None:

@@ -24,18 +24,10 @@ METHODS = ("none", "fresh", "paper", "paired")
 NONE, FRESH, PAPER, PAIRED = range(4)
 
 
-class IncrementalCertificate(NamedTuple):
-    """One image certified for f^P: how (of METHODS), and by how many samples of f^P, a pilot's included; zeta
-    and the replayed difference P[f^P = c_A] - P[f = c_A], nan where not used."""
-    idx: int
-    label: int
-    predict: int
-    radius: float
-    correct: int
-    method: str
-    passes: int
-    zeta: float
-    difference: float
+# One image certified for f^P, as in certify.py, and the replayed difference P[f^P = c_A] - P[f = c_A], nan
+# where not used; `method` is one of METHODS, `passes` include a pilot's.
+IncrementalCertificate = NamedTuple("IncrementalCertificate", [
+    *certify.IncrementalCertificate.__annotations__.items(), ("difference", float)])
 
 
 def paired_lower_bound(both: Tensor, lost: Tensor, gained: Tensor, m: Tensor, k: Tensor, n: Tensor,
