@@ -18,19 +18,25 @@ import copy
 import ctypes
 import dataclasses
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
+import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Callable, Iterator, Optional
 
 import torch
 import torchvision
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
 import certify
@@ -42,7 +48,7 @@ from models import Classifier, Layer, Policy
 BASE_LR, BASE_DECAY = 0.2, 5e-4
 EPISODE_LR, FINETUNE_LR, FINETUNE_DECAY = 0.005, 0.02, 1e-4
 RADII = (0.0, 0.25, 0.5, 0.75)
-IN_MEMORY_BYTES = 2 ** 31
+AUTOCAST_DEVICES = ("cuda",)
 
 
 class InputError(ValueError):
@@ -63,17 +69,24 @@ DEFAULTS = {
     "folder": PAPER_SIZED,
     "imagenet": dict(PAPER_SIZED, arch="resnet50", image_size=224, finetune_epochs=10.0, gamma=0.995),
 }
-PLACE_OPTIONS = ("out", "data", "eval_batch")  # where and how fast, not what: a run may change them
-BASE_OPTIONS = ("dataset", "arch", "mean", "std", "sigma", "epochs", "seed", "image_size", "batch_size",
-                "search_images")
+# What the stages depend on; --data and files count by their contents. Other options say where and how fast.
+BASE = ("dataset data arch checkpoint pretrained mean std sigma epochs seed image_size batch_size "
+        "search_images").split()
+CACHE = [*BASE, *"n0 search_n alpha device".split()]
+SEARCH = [*CACHE, *"budget size_budget episodes episode_steps n_p alpha_zeta gamma reward_estimate".split()]
+TEST = "images n0 n alpha device test_data".split()
+STAGES = {"train the base": BASE, "certify the base, search images": CACHE, "search": SEARCH,
+          "fine-tune": [*SEARCH, "finetune_epochs"], "certify the base, test images": [*BASE, *TEST],
+          "certify ARQ, test images": [*SEARCH, "finetune_epochs", *TEST]}
+EVALUATION = {"certify": ["evaluate", "arch", "mean", "std", "sigma", "seed", "image_size", *TEST]}
 SAVED_OPTIONS = ("dataset", "arch", "image_size", "sigma")  # in the file of a network
 UPPER = dict(sigma=math.inf, budget=1, size_budget=1, alpha=1, alpha_zeta=1, gamma=1)
 LOWEST = dict(epochs=1, episodes=1, episode_steps=0, finetune_epochs=0, search_images=1, search_n=1, n_p=1,
-              images=1, n0=1, n=1, image_size=8, batch_size=2, eval_batch=1, seed=0)
+              images=1, n0=1, n=1, image_size=8, batch_size=2, eval_batch=1, workers=0, seed=0)
 
 
 def option(default, text: str, **parser_options):
-    shown = "" if default is None else f" (default: {default})"
+    shown = "" if default is None or default is False else f" (default: {default})"
     return field(default=default, metadata={"help": text + shown, **parser_options})
 
 
@@ -86,6 +99,7 @@ class Config:
     arch: str = option(None, "resnet8/20/32/44/56/110 (CIFAR), resnet18, resnet50 or mobilenet_v2",
                        choices=(*models.CIFAR_RESNETS, *models.TORCHVISION_NETS))
     checkpoint: str = option(None, "float base classifier, trained with noise; else one is trained")
+    pretrained: bool = option(False, "train the base from torchvision's weights, downloaded (torchvision's nets)")
     mean: list = option(None, "normalisation of the network, such as 0.5 0.5 0.5", type=float, nargs=3)
     std: list = option(None, "likewise", type=float, nargs=3)
     sigma: float = option(None, "standard deviation of the noise, in [0, 1] pixels; default: 0.25, or what "
@@ -110,9 +124,11 @@ class Config:
     image_size: int = option(None, "side of the images the network sees")
     batch_size: int = option(128, "training batch")
     eval_batch: int = option(None, "samples per forward pass when certifying")
+    workers: int = option(None, "processes that decode image files (default: the cores, at most 16)")
     seed: int = option(0, "seed of training, search and noise")
     device: str = option("auto", "auto, cuda, mps or cpu", choices=("auto", "cuda", "mps", "cpu"))
     out: str = option(None, "run folder (default: named after the options, under runs/)")
+    restart: bool = option(False, "do those stages of the run in --out anew whose options differ now")
     evaluate: str = option(None, "certify this saved network on the test images, and stop")
 
 
@@ -127,8 +143,9 @@ def parse_config(argv=None) -> Config:
                            epilog="Defaults not shown depend on the dataset; see DEFAULTS in arq.py.",
                            allow_abbrev=False)
     for f in dataclasses.fields(Config):
-        settings = {"type": f.type, "metavar": f.type.__name__.upper(), **f.metadata}
-        parser.add_argument(flag(f.name), default=f.default, **settings)
+        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
+        kind = {"action": "store_true"} if f.type is bool else kind
+        parser.add_argument(flag(f.name), default=f.default, **{**kind, **f.metadata})
     return complete_config(Config(**vars(parser.parse_args(argv))))
 
 
@@ -151,7 +168,11 @@ def complete_config(config: Config) -> Config:
     for name, value in {**DEFAULTS[config.dataset], "sigma": 0.25, **saved}.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
+    if config.pretrained and (config.checkpoint or config.arch not in models.TORCHVISION_NETS):
+        raise InputError(f"--pretrained is for {', '.join(models.TORCHVISION_NETS)}, without --checkpoint")
     config.device = pick_device(config.device)
+    if config.workers is None:
+        config.workers = min(16, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if config.eval_batch is None:  # small batches stay in a CPU's cache; a GPU wants large ones
         samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32 ** 2 // max(config.image_size, 32) ** 2)
@@ -191,7 +212,7 @@ def pick_device(name: str) -> str:
 def progress(label: str, unit: str, done: int, total: int, block: int = 1) -> Iterator[int]:
     """Count from `done` to `total` in blocks. On a terminal, one line shows rate and time left meanwhile."""
     start, shown = time.monotonic(), 0.0
-    on_terminal = bool(label) and sys.stderr.isatty()
+    on_terminal = bool(label) and sys.stderr.isatty() and RANK == 0
     for first in range(done, total, block):
         yield first
         now, reached = time.monotonic(), min(first + block, total)
@@ -215,28 +236,128 @@ def digest(*parts: bytes) -> str:
 
 
 def write_whole(path: Path, value) -> None:
-    """A JSON, torch or packed file, whole or not at all: written beside its place, which it then takes."""
-    part = path.with_name(path.name + ".part")
+    """Rank 0 writes a JSON, torch or packed file, whole or not at all: beside its place, which it then takes."""
+    if RANK > 0:
+        return
+    part, data = path.with_name(path.name + ".part"), io.BytesIO()
     if path.suffix == ".json":
-        part.write_text(json.dumps(value, indent=1) + "\n")
+        data.write((json.dumps(value, indent=1) + "\n").encode())
     elif isinstance(value, bytes):
-        part.write_bytes(value)
+        data.write(value)
     else:
-        torch.save(value, part)
-    os.replace(part, path)
+        torch.save(value, data)  # not to the file itself: a full disk would be a RuntimeError without its name
+    try:
+        with part.open("wb") as file:
+            file.write(data.getbuffer())
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)  # a full disk has other uses for it
+        raise
+
+
+def read_state(path: Path):
+    """What write_whole kept of tensors and plain values. Raises InputError for anything else."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds
+        raise InputError(f"{path} cannot be read ({str(error)[:40]}); remove it, or give another --out") from None
+
+
+# ---- processes and stages ----
+
+WORLD = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1  # torchrun's processes
+RANK = int(os.environ["RANK"]) if WORLD > 1 else 0                              # this one; 0 writes and prints
+
+
+def join_processes(config: Config) -> None:
+    """Become one of torchrun's processes: nccl on GPUs, one each, and gloo on CPUs."""
+    if config.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # torchrun ends all when one dies; waiting long for a block of images is no reason to.
+    dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=timedelta(days=1))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+
+
+def gather(value) -> list:
+    """Every process's value, by rank, in every process; waits for all."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+class Stages:
+    """What the stages of a run have reached, in one file: the same command continues after the last `save`.
+
+    keys: for each stage, what it depends on. One that was begun with another key raises InputError; with
+    restart, it is forgotten. Seconds and forward passes add up over interruptions, less what those undid.
+    """
+
+    def __init__(self, path: Path, keys: dict[str, dict], restart: bool = False):
+        self.path, self.keys, self.records, self.passes = path, keys, {}, 0
+        if path.exists():
+            self.records = read_state(path)
+        for name, key in keys.items():
+            old = self.records.get(name, {"key": key})["key"]
+            differ = [f"{flag(option)} {old.get(option)} there, {value} here"
+                      for option, value in key.items() if old.get(option) != value]
+            if differ and not restart:
+                raise InputError(f"{path.parent} holds another run, from '{name}' on: {'; '.join(differ[:4])}; "
+                                 f"give another --out, or --restart to do that anew")
+            if differ:
+                del self.records[name]
+
+    def watch(self, classifier: nn.Module) -> None:
+        """Count the images that pass through this network, or through copies made of it from now on."""
+        def count(module, inputs):
+            self.passes += len(inputs[0])
+        classifier.register_forward_pre_hook(count)
+
+    def finished(self, name: str, product: Path) -> bool:
+        return name in self.records and self.records[name]["finished"] and product.exists()
+
+    def begins(self, name: str, product: Path) -> bool:
+        """Whether the stage that makes this file is to be worked on: `state` is what it saved last, or None."""
+        if self.finished(name, product):
+            print(f"{name}: finished earlier, used again", flush=True)
+            return False
+        if name not in self.records or self.records[name]["finished"]:
+            self.records[name] = {"key": self.keys[name], "seconds": 0.0, "forward_passes": 0, "state": None}
+        self.record, self.since, self.passes = self.records[name], time.monotonic(), 0
+        print(f"{name} ..." if self.state is None else f"{name}, continued ...", flush=True)
+        return True
+
+    @property
+    def state(self):
+        return self.record["state"]
+
+    def save(self, state, finished: bool = False) -> None:
+        """Keep the state of the stage at work; every process calls it, and waits for the others."""
+        now, passes = time.monotonic(), sum(gather(self.passes))
+        self.record.update(seconds=self.record["seconds"] + now - self.since, state=state, finished=finished,
+                           forward_passes=self.record["forward_passes"] + passes)
+        self.since, self.passes = now, 0
+        write_whole(self.path, self.records)
+
+    def ends(self) -> None:
+        self.save(None, finished=True)
+
+    def times(self) -> dict[str, dict]:
+        return {name: {part: self.records[name][part] for part in ("seconds", "forward_passes")}
+                for name in self.keys if name in self.records}
 
 
 # ---- images ----
 
 class ImageSet:
-    """Labelled images, ordered by label, then by name or original position.
+    """Labelled images, ordered by label, then by name or original position: uint8 (N, 3, S, S), or files."""
 
-    Small sets live in memory as uint8 (N, 3, S, S); large ones are read when asked for.
-    """
-
-    def __init__(self, labels: list[int], classes: list[str], pixels: Optional[Tensor] = None,
-                 paths: Optional[list[Path]] = None, size: int = 32):
-        self.labels, self.classes, self.pixels, self.paths, self.size = labels, classes, pixels, paths, size
+    def __init__(self, labels: list[int], classes: list[str], size: int, pixels: Optional[Tensor] = None,
+                 paths: Optional[list[str]] = None, workers: int = 0):
+        self.labels, self.classes, self.size, self.pixels = labels, classes, size, pixels
+        self.paths, self.workers = paths, workers
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -245,6 +366,19 @@ class ImageSet:
         """A short name for what the set holds, from its classes, labels and a few images."""
         some = self.read(evenly_spaced(min(16, len(self)), len(self)))
         return digest(json.dumps([self.classes, self.labels, self.size]).encode(), some.numpy().tobytes())
+
+    def batches(self, batches: Iterator) -> Iterator[Tensor]:
+        """uint8 images for each indices of many; worker processes decode files ahead. Raises InputError."""
+        if self.pixels is not None:
+            yield from map(self.read, batches)
+            return
+        # Workers are sent the paths that they read. A generator of its own: theirs must not move training's.
+        paths = ([self.paths[i] for i in indices] for indices in batches)
+        for images in DataLoader(Decoder(self.size), None, sampler=paths, num_workers=self.workers,
+                                 generator=torch.Generator()):
+            if isinstance(images, InputError):
+                raise images
+            yield images
 
     def read(self, indices) -> Tensor:
         """uint8 images (len(indices), 3, S, S)."""
@@ -257,10 +391,22 @@ class ImageSet:
         return self.read(indices).to(device).float().div_(255)
 
 
-def read_image(path: Path, size: int) -> Tensor:
+@dataclass
+class Decoder:
+    """What worker processes run: the images of a list of paths, or the error, for the process that asked."""
+    size: int
+
+    def __getitem__(self, paths: list[str]):
+        try:
+            return torch.stack([read_image(path, self.size) for path in paths])
+        except InputError as error:
+            return error
+
+
+def read_image(path: str, size: int) -> Tensor:
     """An RGB image as uint8 (3, size, size): shorter side resized, centre cropped. Raises InputError."""
     try:
-        image = TF.pil_to_tensor(torchvision.datasets.folder.default_loader(str(path)))
+        image = TF.pil_to_tensor(torchvision.datasets.folder.default_loader(path))
     except Exception as error:  # decoders raise many kinds for broken files
         reason = str(error)[:60]
         raise InputError(f"{path}: cannot be read as an image ({reason}); repair or remove it") from None
@@ -269,19 +415,18 @@ def read_image(path: Path, size: int) -> Tensor:
     return image
 
 
-def load_folder(root: Path, size: int) -> ImageSet:
+def load_folder(root: Path, config: Config) -> ImageSet:
     """An image tree `root/<class>/*`: classes by sorted folder name, files by sorted name."""
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    found = [(label, path) for label, name in enumerate(classes) for path in sorted((root / name).iterdir())
-             if path.suffix.lower() in torchvision.datasets.folder.IMG_EXTENSIONS and path.name[0] != "."]
-    if not found:
-        raise InputError(f"{root}: no images in class folders; expected {root}/<class>/*.jpg or .png")
-    labels, paths = [label for label, _ in found], [path for _, path in found]
-    images = ImageSet(labels, classes, paths=paths, size=size)
-    if len(paths) * 3 * size * size <= IN_MEMORY_BYTES:
-        blocks = progress(f"reading {root}", "images", 0, len(paths), 500)
-        images.pixels = torch.cat([images.read(range(i, min(i + 500, len(paths)))) for i in blocks])
-    return images
+    def known(path: str) -> bool:
+        name = os.path.basename(path).lower()
+        return name.endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and name[0] != "."
+
+    try:
+        found = torchvision.datasets.ImageFolder(root, is_valid_file=known)
+    except FileNotFoundError as error:
+        raise InputError(f"{str(error).rstrip('. ')}; expected {root}/<class>/*.jpg or .png") from None
+    paths, labels = map(list, zip(*found.samples))
+    return ImageSet(labels, found.classes, config.image_size, paths=paths, workers=config.workers)
 
 
 def load_split(config: Config, train: bool) -> ImageSet:
@@ -291,7 +436,7 @@ def load_split(config: Config, train: bool) -> ImageSet:
     if config.dataset == "shapes":
         images = draw_shapes(8000 if train else 1000, seed=0 if train else 1, size=config.image_size)
     elif (root / name).is_dir():
-        images = load_folder(root / name, config.image_size)
+        images = load_folder(root / name, config)
     elif config.dataset == "cifar10":
         images = load_cifar10(config, train)
     else:
@@ -325,11 +470,10 @@ def load_cifar10(config: Config, train: bool) -> ImageSet:
         source = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
         raise InputError(f"no CIFAR-10 in --data {root}, and it could not be downloaded; unpack {source} "
                          f"there, or put an image tree there (train/<class>/*, test/<class>/*)") from None
-    order = sorted(range(len(data)), key=lambda i: data.targets[i])
-    pixels = torch.from_numpy(data.data[order]).permute(0, 3, 1, 2).contiguous()
-    if config.image_size != 32:
-        pixels = TF.resize(pixels, [config.image_size] * 2, antialias=True)
-    return ImageSet([data.targets[i] for i in order], data.classes, pixels, size=config.image_size)
+    labels, order = torch.tensor(data.targets).sort(stable=True)
+    pixels = torch.from_numpy(data.data)[order].permute(0, 3, 1, 2).contiguous()
+    pixels = pixels if config.image_size == 32 else TF.resize(pixels, [config.image_size] * 2)
+    return ImageSet(labels.tolist(), data.classes, config.image_size, pixels)
 
 
 SHAPES = {  # what is inside each shape, by coordinates u, v and b = max(|u|, |v|) in [-1, 1]
@@ -369,7 +513,7 @@ def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
         sign = (uniform(-1, 1, k, 3, 1, 1)).sign()
         image = uniform(0.25, 0.75, k, 3, 1, 1) + mottle + uniform(0.15, 0.45, k, 1, 1, 1) * sign * mask
         pixels.append(image.clamp(0, 1).mul(255).round().to(torch.uint8))
-    return ImageSet(labels, list(SHAPES), torch.cat(pixels), size=size)
+    return ImageSet(labels, list(SHAPES), size, torch.cat(pixels))
 
 
 def evenly_spaced(count: int, total: int) -> list[int]:
@@ -377,25 +521,31 @@ def evenly_spaced(count: int, total: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def augment(images: Tensor) -> Tensor:
-    """Flip and shift each image (B, C, H, W) at random, by up to an eighth of its side, zero padded."""
+def augment(images: Tensor, uniform: Optional[Tensor] = None) -> Tensor:
+    """Shift each image (B, C, H, W) by up to an eighth of its side, zero padded, and flip it, or not.
+
+    uniform: three numbers in [0, 1) an image, (3, B), which choose; by default drawn here.
+    """
     count, _, height, width = images.shape
     pad = max(1, height // 8)
-    top, left = torch.randint(2 * pad + 1, (2, count, 1))
+    uniform = torch.rand(3, count) if uniform is None else uniform
+    top, left = (uniform[:2, :, None] * (2 * pad + 1)).long()
     rows, columns = top + torch.arange(height), left + torch.arange(width)
-    columns = torch.where(torch.rand(count, 1) < 0.5, columns.flip(1), columns)
+    columns = torch.where(uniform[2, :, None] < 0.5, columns.flip(1), columns)
     image = torch.arange(count)[:, None, None]
     padded = F.pad(images, (pad,) * 4).permute(0, 2, 3, 1)                                  # B, H, W, C
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
 def train(classifier: nn.Module, images: ImageSet, indices: list[int], config: Config, steps: int, lr: float,
-          weight_decay: float, purpose: str, state_path: Optional[Path] = None) -> None:
+          weight_decay: float, purpose: str, stages: Optional[Stages] = None) -> None:
     """Gaussian noise augmentation (Cohen et al., section 3.3): cross-entropy of augmented images plus noise.
 
     Nesterov SGD for `steps` batches; the rate rises over the first fifth and falls along a cosine. Weight
     decay spares steps, biases and BatchNorm. Randomness is seeded anew every epoch: equal arguments train
-    equal networks, and with state_path an interrupted call continues from its last epoch.
+    equal networks, and with stages an interrupted call continues from its last epoch. Under torchrun each
+    process takes its share of every batch; but for BatchNorm, which sees that share, the gradient is the whole
+    batch's. GPUs compute in bfloat16 where torch.autocast allows it.
     """
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()[:4], "little")
     groups = [{"params": [p for p in classifier.parameters() if p.ndim > 1], "weight_decay": weight_decay},
@@ -403,32 +553,49 @@ def train(classifier: nn.Module, images: ImageSet, indices: list[int], config: C
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
     labels, indices, first = torch.tensor(images.labels), torch.tensor(indices), 0
     epoch = len(indices) // config.batch_size
-    if state_path is not None and state_path.exists():
-        saved = torch.load(state_path, map_location="cpu", weights_only=True)
-        classifier.load_state_dict(saved["classifier"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first = saved["step"]
+    if stages is not None and stages.state is not None:
+        classifier.load_state_dict(stages.state["classifier"])
+        optimizer.load_state_dict(stages.state["optimizer"])
+        first = stages.state["step"]
+
+    def shares() -> Iterator[Tensor]:
+        """This process's share of every batch."""
+        for step in range(first, steps):
+            if step % epoch == 0:
+                order = torch.Generator().manual_seed(seed + step // epoch)
+                batches = indices[torch.randperm(len(indices), generator=order)].split(config.batch_size)
+            yield batches[step % epoch][RANK::WORLD]
+
+    chosen, ahead = itertools.tee(shares())
+    pixels = images.batches(ahead)
+    network = DistributedDataParallel(classifier) if WORLD > 1 else classifier
     classifier.train()
-    for step in progress(purpose if state_path else "", "batches", first, steps):
+    for step in progress(purpose if stages else "", "batches", first, steps):
         if step % epoch == 0:
-            torch.manual_seed(seed + step // epoch)
-            batches = indices[torch.randperm(len(indices))].split(config.batch_size)
+            torch.manual_seed(seed + step // epoch + 2 ** 31)
         for group in optimizer.param_groups:
             falling = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             group["lr"] = lr * min((step + 1) / (0.2 * steps + 1), falling)
-        chosen = batches[step % epoch]
-        x = augment(images.batch(chosen, config.device))
-        noisy = x + config.sigma * torch.randn(x.shape, device=x.device)
-        loss = F.cross_entropy(classifier(noisy), labels[chosen].to(x.device))
+        # Drawn for the whole batch, so that it does not depend on the number of processes.
+        uniform = torch.rand(3, config.batch_size)[:, RANK::WORLD]
+        x = augment(next(pixels).to(config.device), uniform).float() / 255
+        noise = torch.randn(config.batch_size, *x.shape[1:], device=x.device)[RANK::WORLD]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type in AUTOCAST_DEVICES):
+            logits = network(x + config.sigma * noise)
+        loss = F.cross_entropy(logits.float(), labels[next(chosen)].to(x.device), reduction="sum")
+        loss = loss / config.batch_size
         optimizer.zero_grad()
-        loss.backward()
+        (WORLD * loss).backward()  # DistributedDataParallel takes the mean over processes
         optimizer.step()
         models.keep_steps_positive(classifier)
-        if state_path is not None and ((step + 1) % epoch == 0 or step + 1 == steps):
+        if stages is not None and ((step + 1) % epoch == 0 or step + 1 == steps):
             if not torch.isfinite(loss):
                 raise InputError(f"{purpose}: the loss is {loss:g} at step {step + 1}; try another --seed")
-            write_whole(state_path, {"classifier": classifier.state_dict(),
-                                     "optimizer": optimizer.state_dict(), "step": step + 1})
+            stages.save({"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
+                         "step": step + 1})
+    for tensor in classifier.state_dict(keep_vars=True).values() if WORLD > 1 else ():
+        if isinstance(tensor, Tensor):
+            dist.broadcast(tensor.data, 0)  # BatchNorm's statistics are each process's own
     classifier.eval()
 
 
@@ -472,24 +639,22 @@ class BitWidthEnvironment:
 
 
 def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float], base_acr: float,
-           episodes: int, seed: int, out: Path) -> dict:
-    """Algorithm 1 after the base certificate: the agent's episodes, and the best one's record.
+           episodes: int, seed: int, log: Path, stages: Stages) -> None:
+    """Algorithm 1 after the base certificate: the agent's episodes, one line each in `log` (search.jsonl).
 
-    evaluate(policy) is the ACR of g^P on the search images. Each episode ends with its line in search.jsonl
-    and the agent in search_state.pt, where a later call continues.
+    evaluate(policy) is the ACR of g^P on the search images. Under torchrun every process runs the same agent;
+    the policy is rank 0's.
     """
     warmup = min(20, max(1, episodes // 3))
-    agent = DDPG(environment.state_size, seed, DDPGConfig(episodes=episodes, warmup_episodes=warmup))
-    log, state_path, records = out / "search.jsonl", out / "search_state.pt", []
-    if state_path.exists():
-        saved = torch.load(state_path, map_location="cpu", weights_only=True)
-        agent.load_state_dict(saved["agent"])
-        records = saved["records"]
-    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    agent, records = DDPG(environment.state_size, seed, DDPGConfig(episodes=episodes, warmup_episodes=warmup)), []
+    if stages.state is not None:
+        agent.load_state_dict(stages.state["agent"])
+        records = stages.state["records"]
+    write_whole(log, "".join(json.dumps(record) + "\n" for record in records).encode())
     start, first = time.monotonic(), len(records)
     for episode in range(first, episodes):
         noise, began = agent.noise, time.monotonic()
-        states, actions, policy = environment.rollout(agent.act)
+        states, actions, policy = gather(environment.rollout(agent.act))[0]
         acr = evaluate(policy)
         reward = (acr - base_acr) / base_acr
         agent.learn(states, actions, reward)
@@ -497,26 +662,26 @@ def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float]
                         "noise": noise, "bitops_ratio": models.bitops_ratio(environment.table, policy),
                         "size_bytes": models.size_bytes(environment.table, policy),
                         "seconds": round(time.monotonic() - began, 3), "policy": policy})
-        with log.open("a") as file:
-            file.write(json.dumps(records[-1]) + "\n")
-        write_whole(state_path, {"agent": agent.state_dict(), "records": records})
+        if RANK == 0:
+            with log.open("a") as file:
+                file.write(json.dumps(records[-1]) + "\n")
+        stages.save({"agent": agent.state_dict(), "records": records})
         best = max(record["acr"] for record in records)
         left = (time.monotonic() - start) / (episode + 1 - first) * (episodes - episode - 1)
         print(f"  episode {episode + 1:>3}/{episodes}  ACR {down(acr)}  reward {reward:+.4f}  "
               f"BitOPs {100 * records[-1]['bitops_ratio']:.3f} %  best ACR {down(best)}  "
               f"{duration(left)} left", flush=True)
-    return max(records, key=lambda record: record["acr"])
 
 
 # ---- the run ----
 
-def base_path(config: Config, images: ImageSet) -> Path:
+def base_path(config: Config, keys: dict[str, dict]) -> Path:
     """Where a base trained with these options is kept, for every run whose base options are equal."""
-    values = json.dumps([images.fingerprint()] + [getattr(config, name) for name in BASE_OPTIONS]).encode()
-    return Path("runs/bases") / f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-{digest(values)}.pt"
+    name = digest(json.dumps(keys["train the base"]).encode())
+    return Path("runs/bases") / f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-{name}.pt"
 
 
-def build_base(config: Config, num_classes: int, path: Path) -> Classifier:
+def build_base(config: Config, num_classes: int, path: Optional[Path]) -> Classifier:
     """The float base classifier: --checkpoint, one trained earlier at `path`, or a new one to be trained."""
     mean, std = config.mean, config.std
     if config.checkpoint is not None:
@@ -526,10 +691,12 @@ def build_base(config: Config, num_classes: int, path: Path) -> Classifier:
     mean = mean or (models.CIFAR10_MEAN if small else models.IMAGENET_MEAN)
     std = std or (models.CIFAR10_STD if small else models.IMAGENET_STD)
     torch.manual_seed(config.seed)
-    base = prepare(models.build_classifier(config.arch, num_classes, mean, std), config)
+    base = models.build_classifier(config.arch, num_classes, mean, std)
     if path.exists():
-        base.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    return base
+        base.load_state_dict(read_state(path))
+    elif config.pretrained and RANK == 0:  # training hands rank 0's weights to all
+        models.load_pretrained(base, config.arch)
+    return prepare(base, config)
 
 
 def prepare(classifier: Classifier, config: Config) -> Classifier:
@@ -543,23 +710,41 @@ def integers(classifier: Classifier, config: Config) -> nn.Module:
     return models.integer_network(prepare(classifier, config), batch)
 
 
-def certify_and_keep(classifier: Classifier, images: Tensor, labels: list[int], ids: list[int],
-                     num_classes: int, config: Config, path: Path) -> certify.ReplayCache:
-    """FullRobustCertify(f) on the search images, kept image by image for an interrupted run."""
-    rows, predictions, key = [], [], NoiseKey(config.seed, "search")
-    if path.exists():
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        rows, predictions = [certify.Certificate(**row) for row in saved["rows"]], saved["predictions"]
-    block = max(1, 10_000 // config.search_n)
-    for first in progress("certifying", "images", len(rows), len(ids), block):
-        part = slice(first, first + block)
+def in_blocks(total: int, done: int, block: int, work: Callable[[slice], object]) -> Iterator[list]:
+    """work(part) on blocks of images, each process on one at a time. Yields each round's results, in order, to all.
+
+    Blocks are the same however many processes there are and wherever a run was interrupted: so are the batches.
+    """
+    for first in progress("certifying", "images", done, total, block * WORLD):
+        start = first + RANK * block
+        results = gather(work(slice(start, min(start + block, total))) if start < total else None)
+        yield [result for result in results if result is not None]
+
+
+def certify_search_images(classifier: Classifier, images: Tensor, labels: list[int], ids: list[int],
+                          num_classes: int, config: Config, path: Path, stages: Stages) -> None:
+    """FullRobustCertify(f) on the search images, for read_cache."""
+    rows, predictions = stages.state or ([], [])
+
+    def work(part: slice):
         cache = certify.certify_and_cache(classifier, images[part], labels[part], ids[part], num_classes,
-                                          config.sigma, config.n0, config.search_n, config.alpha, key,
-                                          config.eval_batch)
-        rows += cache.certificates
-        predictions.append(cache.predictions)
-        write_whole(path, {"rows": [vars(row) for row in rows], "predictions": predictions})
-    return certify.ReplayCache(rows, torch.cat(predictions), certify.estimate_key(key, config.search_n))
+                                          config.sigma, config.n0, config.search_n, config.alpha,
+                                          NoiseKey(config.seed, "search"), config.eval_batch)
+        return [vars(row) for row in cache.certificates], cache.predictions
+
+    for results in in_blocks(len(ids), len(rows), max(1, 10_000 // config.search_n), work):
+        for some, predicted in results:
+            rows += some
+            predictions.append(predicted)
+        stages.save((rows, predictions))
+    write_whole(path, {"rows": rows, "predictions": torch.cat(predictions)})
+
+
+def read_cache(path: Path, config: Config) -> certify.ReplayCache:
+    saved = read_state(path)
+    rows = [certify.Certificate(**row) for row in saved["rows"]]
+    key = certify.estimate_key(NoiseKey(config.seed, "search"), config.search_n)
+    return certify.ReplayCache(rows, saved["predictions"], key)
 
 
 class PolicyEvaluator:
@@ -567,7 +752,11 @@ class PolicyEvaluator:
 
     def __init__(self, classifier: Classifier, cache: certify.ReplayCache, images: Tensor,
                  train_images: ImageSet, train_ids: list[int], config: Config):
-        self.classifier, self.cache, self.images = classifier, cache, images
+        # Images of wrong class cost nothing: every process gets as many of the others.
+        order = sorted(range(len(images)), key=lambda i: cache.certificates[i].selected != cache.certificates[i].label)
+        mine = order[RANK::WORLD]
+        self.cache = certify.ReplayCache([cache.certificates[i] for i in mine], cache.predictions[mine], cache.key)
+        self.classifier, self.images = classifier, images[mine]
         self.train_images, self.train_ids, self.config = train_images, train_ids, config
         self.base_state = copy.deepcopy(classifier.state_dict())
 
@@ -579,53 +768,41 @@ class PolicyEvaluator:
               FINETUNE_DECAY, "episode")
         what = integers(self.classifier, config), self.cache, self.images, config.n_p
         if config.reward_estimate == "point":
-            return float(certify.estimate_radii(*what, config.eval_batch).mean())
-        rows = certify.certify_incremental(*what, config.alpha_zeta, config.gamma, config.eval_batch)
-        return certify.average_certified_radius(rows)
+            radii = certify.estimate_radii(*what, config.eval_batch).tolist()
+        else:
+            rows = certify.certify_incremental(*what, config.alpha_zeta, config.gamma, config.eval_batch)
+            radii = [row.radius * row.correct for row in rows]
+        return statistics.fmean(radius for part in gather(radii) for radius in part)
 
 
-def certify_images(classifier: Classifier, images: ImageSet, config: Config, path: Path,
-                   purpose: str) -> list[certify.Certificate]:
-    """The final certificate on test images, one flushed row an image; rows already in the file are kept."""
+def certify_images(stage: str, classifier: Classifier, images: ImageSet, config: Config, path: Path,
+                   purpose: str, stages: Stages) -> list[certify.Certificate]:
+    """The final certificate on test images, one flushed row an image; finished blocks in the file are kept."""
+    if not stages.begins(stage, path):
+        return certify.read_certificates(path)
     indices, key = evenly_spaced(config.images, len(images)), NoiseKey(config.seed, purpose)
-    path.touch()
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # a last row that was cut off
-    done = certify.read_certificates(path) if path.stat().st_size else []
-    block = max(1, 4 * config.eval_batch // config.n)
-    with path.open("a") as file:
-        for first in progress("certifying", "images", len(done), len(indices), block):
-            ids = indices[first:first + block]
-            labels = [images.labels[i] for i in ids]
-            rows = certify.certify(classifier, images.batch(ids, config.device), labels, ids,
-                                   len(images.classes), config.sigma, config.n0, config.n, config.alpha, key,
-                                   config.eval_batch)
-            certify.write_certificates(file, rows)
-            done += rows
-    return done
+    arithmetic = getattr(classifier, "path", "float")
+    done, begun = stages.state or (0, arithmetic)
+    if begun != arithmetic:
+        raise InputError(f"{path} was begun with {begun} arithmetic, here it is {arithmetic}; give another --out")
+    rows, text = certify.read_certificates(path)[:done] if done else [], io.StringIO()
+    certify.write_certificates(text, rows)
+    write_whole(path, text.getvalue().encode())  # without rows of an unfinished block
 
+    def work(part: slice):
+        labels = [images.labels[i] for i in indices[part]]
+        return certify.certify(classifier, images.batch(indices[part], config.device), labels, indices[part],
+                               len(images.classes), config.sigma, config.n0, config.n, config.alpha, key,
+                               config.eval_batch)
 
-class Stages:
-    """Seconds of each stage and images that passed through the network, kept over interruptions."""
-
-    def __init__(self, path: Path):
-        self.path, self.passes = path, 0
-        self.records = json.loads(path.read_text()) if path.exists() else {}
-
-    def watch(self, classifier: nn.Module) -> None:
-        def count(module, inputs):
-            self.passes += len(inputs[0])
-        classifier.register_forward_pre_hook(count)
-
-    def run(self, name: str, work: Callable, *arguments):
-        print(f"{name} ...", flush=True)
-        start, passes = time.monotonic(), self.passes
-        try:
-            return work(*arguments)
-        finally:
-            record = self.records.setdefault(name, {"seconds": 0.0, "forward_passes": 0})
-            record["seconds"] = round(record["seconds"] + time.monotonic() - start, 2)
-            record["forward_passes"] += self.passes - passes
-            write_whole(self.path, self.records)
+    for results in in_blocks(len(indices), len(rows), max(1, 4 * config.eval_batch // config.n), work):
+        rows += sum(results, [])
+        if RANK == 0:
+            with path.open("a") as file:
+                certify.write_certificates(file, sum(results, []))
+        stages.save((len(rows), arithmetic))
+    stages.ends()
+    return rows
 
 
 def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], config: Config,
@@ -650,10 +827,10 @@ def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], con
     float_pass, int_pass = (seconds(count, certify.class_counts, net, *sample) for net in (base, quantized))
     base_step, step = (seconds(2 * config.batch_size, train, net, *batches) for net in (plain, simulated))
     final = config.images * (config.n0 + config.n)
-    episode = config.episode_steps * config.batch_size * step + config.search_images * config.n_p * int_pass
+    final, passes = final / WORLD, config.search_images * config.n_p / WORLD
     stages = {"train the base": 0 if trained else config.epochs * len(ids) * base_step,
-              "certify the base": (config.search_images * config.search_n + final) * float_pass,
-              f"search, {config.episodes} episodes": config.episodes * episode,
+              "certify the base": (config.search_images * config.search_n / WORLD + final) * float_pass,
+              f"search, {config.episodes} episodes": config.episodes * (config.episode_steps * config.batch_size * step + passes * int_pass),
               "fine-tune": config.finetune_epochs * len(ids) * step, "certify ARQ": final * int_pass}
     print(f"expected on {config.device}, from {1 / float_pass:.0f} float and {1 / int_pass:.0f} quantized "
           f"images/s ({quantized.path}), {1 / step:.0f} in training")
@@ -661,29 +838,29 @@ def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], con
         print(f"  {name:<34}{duration(needed):>8}", flush=True)
 
 
-def open_run(config: Config, *image_sets: ImageSet) -> Path:
-    """The run folder, new or of a run with the same options, images and networks. Raises InputError."""
-    out, path = Path(config.out), Path(config.out) / "config.json"
-    options = {name: value for name, value in dataclasses.asdict(config).items() if name not in PLACE_OPTIONS}
-    files = [Path(name) for name in (config.checkpoint, config.evaluate) if name is not None]
-    options["fingerprint"] = [images.fingerprint() for images in image_sets]
-    options["fingerprint"] += [digest(file.read_bytes()) for file in files]
-    if path.exists():
-        try:
-            old = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            raise InputError(f"{path} is not the configuration of a run; give another --out") from None
-        differ = [f"{flag(name)} {old.get(name)} there, {value} here" for name, value in options.items()
-                  if old.get(name) != value and name != "fingerprint"]
-        if old.get("fingerprint") != options["fingerprint"]:
-            differ.append("the images or the network file have changed")
-        if differ:
-            raise InputError(f"--out {out} holds another run: {'; '.join(differ[:4])}; give another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"--out {out} is not empty and holds no run of this program; give another --out")
+def stage_keys(config: Config, stages: dict[str, tuple], train_images: Optional[ImageSet],
+               test_images: ImageSet) -> dict[str, dict]:
+    """For each stage the options that its outcome depends on; files and images by their contents."""
+    values = dataclasses.asdict(config)
+    for name in ("checkpoint", "evaluate"):
+        if values[name] is not None:
+            values[name] = f"file {digest(Path(values[name]).read_bytes())}"
+    values["data"] = f"images {train_images.fingerprint()}" if train_images else None
+    values["test_data"] = f"images {test_images.fingerprint()}"
+    return {stage: {name: values[name] for name in names} for stage, names in stages.items()}
+
+
+def open_run(config: Config, keys: dict[str, dict]) -> Stages:
+    """The run folder, new or one to be continued. Raises InputError, before anything is written."""
+    out = Path(config.out)
+    if out.exists() and not (out / "config.json").exists():
+        if not out.is_dir() or any(entry.suffix != ".part" for entry in out.iterdir()):
+            raise InputError(f"--out {out} is not empty and holds no run of this program; give another --out")
+    stages = Stages(out / "state.pt", keys, config.restart)
+    gather(None)  # every process has seen the folder as it was
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, options)
-    return out
+    write_whole(out / "config.json", dataclasses.asdict(config))
+    return stages
 
 
 def run(config: Config) -> dict:
@@ -692,31 +869,27 @@ def run(config: Config) -> dict:
     num_classes = len(train_images.classes)
     search_ids = evenly_spaced(config.search_images, len(train_images))
     train_ids = sorted(set(range(len(train_images))) - set(search_ids))
-    path = base_path(config, train_images)
+    keys = stage_keys(config, STAGES, train_images, test_images)
+    path, out = base_path(config, keys), Path(config.out)
     trained = config.checkpoint is not None or path.exists()
     base = build_base(config, num_classes, path)
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
     environment = BitWidthEnvironment(table, config.budget, config.size_budget)
-    out = open_run(config, train_images, test_images)
-    if (out / "results.json").exists():
-        print(f"{out} is finished; its results:")
-        results, policy = (json.loads((out / name).read_text()) for name in ("results.json", "policy.json"))
-        print_report(results, policy, config, out)
-        return results
+    stages = open_run(config, keys)
     print(f"{config.dataset}: {len(train_ids)} training, {len(search_ids)} search and {config.images} test "
-          f"images, {num_classes} classes; {config.arch}, sigma {config.sigma:g}; run folder {out}")
-    print_expected_times(base, train_images, train_ids, config, trained)
-    stages = Stages(out / "stages.json")
+          f"images, {num_classes} classes; {config.arch}, sigma {config.sigma:g}; run folder {out}", flush=True)
+    if not stages.finished("certify ARQ, test images", out / "certificates.tsv"):
+        print_expected_times(base, train_images, train_ids, config, trained)
     stages.watch(base)
-    if not trained:
+    if trained:
+        print(f"base classifier: {config.checkpoint or path}, trained earlier")
+    elif stages.begins("train the base", path):
+        steps, lr = config.epochs * (len(train_ids) // config.batch_size), BASE_LR
+        train(base, train_images, train_ids, config, steps, FINETUNE_LR if config.pretrained else lr, BASE_DECAY,
+              "base", stages)
         path.parent.mkdir(parents=True, exist_ok=True)
-        state_path, steps = path.with_suffix(".state"), config.epochs * (len(train_ids) // config.batch_size)
-        stages.run("train the base", train, base, train_images, train_ids, config, steps, BASE_LR, BASE_DECAY,
-                   "base", state_path)
         write_whole(path, base.state_dict())
-        state_path.unlink(missing_ok=True)
-    elif config.checkpoint is None:
-        print(f"base classifier: {path}, trained earlier")
+        stages.ends()
 
     # Algorithm 1: certify f on the search images, then search.
     classifier = copy.deepcopy(base)  # with the hook that counts passes
@@ -724,40 +897,47 @@ def run(config: Config) -> dict:
     search_images = train_images.batch(search_ids, config.device)
     calibrate(classifier, search_images, config)
     labels = [train_images.labels[i] for i in search_ids]
-    cache = stages.run("certify the base, search images", certify_and_keep, classifier, search_images, labels,
-                       search_ids, num_classes, config, out / "search_cache.pt")
+    if stages.begins("certify the base, search images", out / "search_cache.pt"):
+        certify_search_images(classifier, search_images, labels, search_ids, num_classes, config,
+                              out / "search_cache.pt", stages)
+        stages.ends()
+    cache = read_cache(out / "search_cache.pt", config)
     base_acr = certify.average_certified_radius(cache.certificates)
     print(f"  ACR of the base on the search images: {down(base_acr)}")
     if base_acr == 0:
         raise InputError("the base certifies none of the search images; give one trained with noise "
                          "(--checkpoint), more --epochs or a lower --sigma")
     evaluate = PolicyEvaluator(classifier, cache, search_images, train_images, train_ids, config)
-    best = stages.run("search", search, environment, evaluate, base_acr, config.episodes, config.seed, out)
+    log, file = out / "search.jsonl", out / "model.arq"
+    if stages.begins("search", log):
+        search(environment, evaluate, base_acr, config.episodes, config.seed, log, stages)
+        stages.ends()
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    best = max(records, key=lambda record: record["acr"])
     policy = best["policy"]
     write_whole(out / "policy.json", policy)
-    if not (out / "model.arq").exists():
+    if stages.begins("fine-tune", file):
         classifier.load_state_dict(evaluate.base_state)
         models.set_policy(classifier, policy)
         steps = int(config.finetune_epochs * (len(train_ids) // config.batch_size))
-        stages.run("fine-tune", train, classifier, train_images, train_ids, config, steps, FINETUNE_LR,
-                   FINETUNE_DECAY, "fine-tune", out / "finetune_state.pt")
+        train(classifier, train_images, train_ids, config, steps, FINETUNE_LR, FINETUNE_DECAY, "fine-tune", stages)
         description = {name: getattr(config, name) for name in SAVED_OPTIONS}
         description["classes"] = train_images.classes
-        write_whole(out / "model.arq", models.pack_model(classifier, table, description))
-        (out / "finetune_state.pt").unlink(missing_ok=True)
+        write_whole(file, models.pack_model(classifier, table, description))
+        stages.ends()
 
     # Test images are first seen here. What is certified is what was saved.
-    base_rows = stages.run("certify the base, test images", certify_images, base, test_images, config,
-                           out / "base_certificates.tsv", "base certificate")
-    classifier = integers(models.load_model(out / "model.arq")[0], config)
+    base_rows = certify_images("certify the base, test images", base, test_images, config,
+                               out / "base_certificates.tsv", "base certificate", stages)
+    classifier = integers(models.load_model(file)[0], config)
     stages.watch(classifier)
-    rows = stages.run("certify ARQ, test images", certify_images, classifier, test_images, config,
-                      out / "certificates.tsv", "certificate")
-    results = summarize(rows, classifier, table, policy, config, best["acr"], out / "model.arq")
+    rows = certify_images("certify ARQ, test images", classifier, test_images, config, out / "certificates.tsv",
+                          "certificate", stages)
+    results = summarize(rows, classifier, table, policy, config, best["acr"], file)
     wide = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
     results["base"] = summarize(base_rows, base, table, wide, config, base_acr)
     results["acr_difference"] = dict(zip(("mean", "standard_error"), certify.acr_difference(rows, base_rows)))
-    write_whole(out / "results.json", {**results, "stages": stages.records})
+    write_whole(out / "results.json", {**results, "stages": stages.times()})
     print_report(results, policy, config, out)
     return results
 
@@ -765,8 +945,8 @@ def run(config: Config) -> dict:
 def calibrate(classifier: Classifier, images: Tensor, config: Config) -> None:
     """Activation steps and signs from up to 256 noisy images, spread over the given ones."""
     images = images[evenly_spaced(min(256, len(images)), len(images))]
-    generator = torch.Generator(config.device).manual_seed(config.seed)
-    noise = torch.randn(images.shape, generator=generator, device=config.device)
+    generator = torch.Generator(images.device).manual_seed(config.seed)
+    noise = torch.randn(images.shape, generator=generator, device=images.device)
     models.calibrate(classifier, (images + config.sigma * noise).split(config.eval_batch))
 
 
@@ -784,13 +964,13 @@ def evaluate_saved(config: Config) -> dict:
         classifier = build_base(dataclasses.replace(config, checkpoint=config.evaluate), len(classes), None)
         table = models.quantize_model(classifier, config.image_size)
         policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
-    out, classifier = open_run(config, test_images), integers(classifier, config)
-    stages = Stages(out / "stages.json")
+    stages = open_run(config, stage_keys(config, EVALUATION, None, test_images))
+    out, classifier = Path(config.out), integers(classifier, config)
     stages.watch(classifier)
-    rows = stages.run("certify", certify_images, classifier, test_images, config, out / "certificates.tsv",
-                      "certificate")
+    rows = certify_images("certify", classifier, test_images, config, out / "certificates.tsv", "certificate",
+                          stages)
     results = summarize(rows, classifier, table, policy, config, None, file)
-    write_whole(out / "results.json", {**results, "stages": stages.records})
+    write_whole(out / "results.json", {**results, "stages": stages.times()})
     print_report(results, policy, config, out)
     return results
 
@@ -869,20 +1049,28 @@ def keep_memory() -> None:
 
 def main(argv=None) -> int:
     keep_memory()
+    out, code = "the run folder", 2
     try:
         config = parse_config(argv)
+        out = config.out
+        if WORLD > 1:
+            join_processes(config)
         evaluate_saved(config) if config.evaluate else run(config)
         return 0
     except KeyboardInterrupt:
-        print("\narq.py: interrupted; the same command continues the run", file=sys.stderr)
-        return 130
+        code, message = 130, "interrupted; the same command continues the run"
     except ValueError as error:  # ours, and the modules' own refusals of files and policies
-        message = error
+        message = f"error: {error}"
     except OSError as error:  # no permission, no space: whatever was finished is on disk
-        message = (f"{error.filename or config.out}: {error.strerror or error}; once this is repaired, the "
+        message = (f"error: {error.filename or out}: {error.strerror or error}; once this is repaired, the "
                    f"same command continues the run")
-    print(f"arq.py: error: {message}", file=sys.stderr)
-    return 2
+    except RuntimeError as error:  # what comes from outside; other kinds are faults of this program
+        if not any(text in str(error) for text in ("DataLoader worker", "by peer", "NCCL", "out of memory")):
+            raise
+        message = f"error: {str(error).splitlines()[0]}; the same command continues the run"
+    time.sleep(3 * (RANK > 0))  # what all processes have to say, the first says; then torchrun ends them
+    print(f"arq.py: {message}", file=sys.stderr, flush=True)
+    return code
 
 
 if __name__ == "__main__":
