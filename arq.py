@@ -99,7 +99,7 @@ class Config:
     arch: str = option(None, "resnet8/20/32/44/56/110 (CIFAR), resnet18, resnet50 or mobilenet_v2",
                        choices=(*models.CIFAR_RESNETS, *models.TORCHVISION_NETS))
     checkpoint: str = option(None, "float base classifier, trained with noise; else one is trained")
-    pretrained: bool = option(False, "train the base from torchvision's weights, downloaded (torchvision's nets)")
+    pretrained: bool = option(False, "train the base from torchvision's weights, which are downloaded")
     mean: list = option(None, "normalisation of the network, such as 0.5 0.5 0.5", type=float, nargs=3)
     std: list = option(None, "likewise", type=float, nargs=3)
     sigma: float = option(None, "standard deviation of the noise, in [0, 1] pixels; default: 0.25, or what "
@@ -143,9 +143,9 @@ def parse_config(argv=None) -> Config:
                            epilog="Defaults not shown depend on the dataset; see DEFAULTS in arq.py.",
                            allow_abbrev=False)
     for f in dataclasses.fields(Config):
-        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
-        kind = {"action": "store_true"} if f.type is bool else kind
-        parser.add_argument(flag(f.name), default=f.default, **{**kind, **f.metadata})
+        value = {"type": f.type, "metavar": f.type.__name__.upper(), **f.metadata}
+        switch = {"action": "store_true", **f.metadata}
+        parser.add_argument(flag(f.name), default=f.default, **(switch if f.type is bool else value))
     return complete_config(Config(**vars(parser.parse_args(argv))))
 
 
@@ -170,7 +170,11 @@ def complete_config(config: Config) -> Config:
             setattr(config, name, value)
     if config.pretrained and (config.checkpoint or config.arch not in models.TORCHVISION_NETS):
         raise InputError(f"--pretrained is for {', '.join(models.TORCHVISION_NETS)}, without --checkpoint")
-    config.device = pick_device(config.device)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    available = [accelerator.type, "cpu"] if accelerator else ["cpu"]
+    config.device = available[0] if config.device == "auto" else config.device
+    if config.device not in available:
+        raise InputError(f"--device {config.device} is not available on this machine; use --device auto")
     if config.workers is None:
         config.workers = min(16, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     if config.eval_batch is None:  # small batches stay in a CPU's cache; a GPU wants large ones
@@ -197,14 +201,6 @@ def complete_config(config: Config) -> Config:
             source = f"evaluate-{Path(config.evaluate).resolve().parent.name}-{Path(config.evaluate).stem}"
         config.out = f"runs/{config.dataset}-{config.arch}-sigma{config.sigma:g}-{source}-seed{config.seed}"
     return config
-
-
-def pick_device(name: str) -> str:
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    name = next(device for device in available if available[device]) if name == "auto" else name
-    if not available[name]:
-        raise InputError(f"--device {name} is not available on this machine; use --device auto")
-    return name
 
 
 # ---- progress and files ----
@@ -241,27 +237,18 @@ def write_whole(path: Path, value) -> None:
         return
     part, data = path.with_name(path.name + ".part"), io.BytesIO()
     if path.suffix == ".json":
-        data.write((json.dumps(value, indent=1) + "\n").encode())
-    elif isinstance(value, bytes):
-        data.write(value)
-    else:
-        torch.save(value, data)  # not to the file itself: a full disk would be a RuntimeError without its name
-    try:
-        with part.open("wb") as file:
-            file.write(data.getbuffer())
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)  # a full disk has other uses for it
-        raise
+        value = (json.dumps(value, indent=1) + "\n").encode()
+    if not isinstance(value, bytes):  # torch.save to a full disk would not be an OSError
+        torch.save(value, data)
+    with part.open("wb") as file:
+        file.write(value if isinstance(value, bytes) else data.getbuffer())
+        os.fsync(file.fileno())
+    os.replace(part, path)
 
 
 def read_state(path: Path):
-    """What write_whole kept of tensors and plain values. Raises InputError for anything else."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds
-        raise InputError(f"{path} cannot be read ({str(error)[:40]}); remove it, or give another --out") from None
+    """Tensors and plain values from a torch file."""
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 # ---- processes and stages ----
@@ -296,9 +283,8 @@ class Stages:
     """
 
     def __init__(self, path: Path, keys: dict[str, dict], restart: bool = False):
-        self.path, self.keys, self.records, self.passes = path, keys, {}, 0
-        if path.exists():
-            self.records = read_state(path)
+        self.path, self.keys, self.passes = path, keys, 0
+        self.records = read_state(path) if path.exists() else {}
         for name, key in keys.items():
             old = self.records.get(name, {"key": key})["key"]
             differ = [f"{flag(option)} {old.get(option)} there, {value} here"
@@ -345,8 +331,8 @@ class Stages:
         self.save(None, finished=True)
 
     def times(self) -> dict[str, dict]:
-        return {name: {part: self.records[name][part] for part in ("seconds", "forward_passes")}
-                for name in self.keys if name in self.records}
+        return {name: {"seconds": round(record["seconds"], 2), "forward_passes": record["forward_passes"]}
+                for name, record in self.records.items()}
 
 
 # ---- images ----
@@ -557,45 +543,35 @@ def train(classifier: nn.Module, images: ImageSet, indices: list[int], config: C
         classifier.load_state_dict(stages.state["classifier"])
         optimizer.load_state_dict(stages.state["optimizer"])
         first = stages.state["step"]
-
-    def shares() -> Iterator[Tensor]:
-        """This process's share of every batch."""
-        for step in range(first, steps):
-            if step % epoch == 0:
-                order = torch.Generator().manual_seed(seed + step // epoch)
-                batches = indices[torch.randperm(len(indices), generator=order)].split(config.batch_size)
-            yield batches[step % epoch][RANK::WORLD]
-
-    chosen, ahead = itertools.tee(shares())
-    pixels = images.batches(ahead)
     network = DistributedDataParallel(classifier) if WORLD > 1 else classifier
     classifier.train()
-    for step in progress(purpose if stages else "", "batches", first, steps):
-        if step % epoch == 0:
-            torch.manual_seed(seed + step // epoch + 2 ** 31)
-        for group in optimizer.param_groups:
-            falling = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-            group["lr"] = lr * min((step + 1) / (0.2 * steps + 1), falling)
-        # Drawn for the whole batch, so that it does not depend on the number of processes.
-        uniform = torch.rand(3, config.batch_size)[:, RANK::WORLD]
-        x = augment(next(pixels).to(config.device), uniform).float() / 255
-        noise = torch.randn(config.batch_size, *x.shape[1:], device=x.device)[RANK::WORLD]
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type in AUTOCAST_DEVICES):
-            logits = network(x + config.sigma * noise)
-        loss = F.cross_entropy(logits.float(), labels[next(chosen)].to(x.device), reduction="sum")
-        loss = loss / config.batch_size
-        optimizer.zero_grad()
-        (WORLD * loss).backward()  # DistributedDataParallel takes the mean over processes
-        optimizer.step()
-        models.keep_steps_positive(classifier)
-        if stages is not None and ((step + 1) % epoch == 0 or step + 1 == steps):
-            if not torch.isfinite(loss):
-                raise InputError(f"{purpose}: the loss is {loss:g} at step {step + 1}; try another --seed")
+    count = progress(purpose if stages else "", "batches", first, steps)
+    for start in range(first, steps, epoch):
+        torch.manual_seed(seed + start // epoch)
+        # What is random is drawn for whole batches: it does not depend on the number of processes.
+        batches = indices[torch.randperm(len(indices))].split(config.batch_size)[:min(epoch, steps - start)]
+        batches = [batch[RANK::WORLD] for batch in batches]
+        for chosen, pixels, step in zip(batches, images.batches(batches), count):
+            for group in optimizer.param_groups:
+                falling = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+                group["lr"] = lr * min((step + 1) / (0.2 * steps + 1), falling)
+            uniform = torch.rand(3, config.batch_size)[:, RANK::WORLD]
+            x = augment(pixels.to(config.device), uniform).float() / 255
+            noise = torch.randn(config.batch_size, *x.shape[1:], device=x.device)[RANK::WORLD]
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type in AUTOCAST_DEVICES):
+                logits = network(x + config.sigma * noise)
+            losses = F.cross_entropy(logits.float(), labels[chosen].to(x.device), reduction="none")
+            optimizer.zero_grad()
+            (WORLD * losses.sum() / config.batch_size).backward()  # the mean over processes is taken of this
+            optimizer.step()
+            models.keep_steps_positive(classifier)
+        if stages is not None:
+            if not torch.isfinite(losses).all():
+                raise InputError(f"{purpose}: the loss is not finite at step {step + 1}; try another --seed")
             stages.save({"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
                          "step": step + 1})
-    for tensor in classifier.state_dict(keep_vars=True).values() if WORLD > 1 else ():
-        if isinstance(tensor, Tensor):
-            dist.broadcast(tensor.data, 0)  # BatchNorm's statistics are each process's own
+    for tensor in classifier.buffers() if WORLD > 1 else ():
+        dist.broadcast(tensor, 0)  # BatchNorm's statistics are each process's own
     classifier.eval()
 
 
@@ -675,12 +651,6 @@ def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float]
 
 # ---- the run ----
 
-def base_path(config: Config, keys: dict[str, dict]) -> Path:
-    """Where a base trained with these options is kept, for every run whose base options are equal."""
-    name = digest(json.dumps(keys["train the base"]).encode())
-    return Path("runs/bases") / f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-{name}.pt"
-
-
 def build_base(config: Config, num_classes: int, path: Optional[Path]) -> Classifier:
     """The float base classifier: --checkpoint, one trained earlier at `path`, or a new one to be trained."""
     mean, std = config.mean, config.std
@@ -715,6 +685,7 @@ def in_blocks(total: int, done: int, block: int, work: Callable[[slice], object]
 
     Blocks are the same however many processes there are and wherever a run was interrupted: so are the batches.
     """
+    block = max(1, block)
     for first in progress("certifying", "images", done, total, block * WORLD):
         start = first + RANK * block
         results = gather(work(slice(start, min(start + block, total))) if start < total else None)
@@ -722,29 +693,27 @@ def in_blocks(total: int, done: int, block: int, work: Callable[[slice], object]
 
 
 def certify_search_images(classifier: Classifier, images: Tensor, labels: list[int], ids: list[int],
-                          num_classes: int, config: Config, path: Path, stages: Stages) -> None:
-    """FullRobustCertify(f) on the search images, for read_cache."""
-    rows, predictions = stages.state or ([], [])
+                          num_classes: int, config: Config, path: Path, stages: Stages) -> certify.ReplayCache:
+    """FullRobustCertify(f) on the search images."""
+    key = NoiseKey(config.seed, "search")
 
     def work(part: slice):
         cache = certify.certify_and_cache(classifier, images[part], labels[part], ids[part], num_classes,
-                                          config.sigma, config.n0, config.search_n, config.alpha,
-                                          NoiseKey(config.seed, "search"), config.eval_batch)
+                                          config.sigma, config.n0, config.search_n, config.alpha, key,
+                                          config.eval_batch)
         return [vars(row) for row in cache.certificates], cache.predictions
 
-    for results in in_blocks(len(ids), len(rows), max(1, 10_000 // config.search_n), work):
-        for some, predicted in results:
-            rows += some
-            predictions.append(predicted)
-        stages.save((rows, predictions))
-    write_whole(path, {"rows": rows, "predictions": torch.cat(predictions)})
-
-
-def read_cache(path: Path, config: Config) -> certify.ReplayCache:
-    saved = read_state(path)
-    rows = [certify.Certificate(**row) for row in saved["rows"]]
-    key = certify.estimate_key(NoiseKey(config.seed, "search"), config.search_n)
-    return certify.ReplayCache(rows, saved["predictions"], key)
+    if stages.begins("certify the base, search images", path):
+        done = stages.state or []
+        for results in in_blocks(len(ids), sum(len(rows) for rows, _ in done), 10_000 // config.search_n, work):
+            done += results
+            stages.save(done)
+        write_whole(path, done)
+        stages.ends()
+    done = read_state(path)
+    rows = [certify.Certificate(**row) for rows, _ in done for row in rows]
+    predictions = torch.cat([predictions for _, predictions in done])
+    return certify.ReplayCache(rows, predictions, certify.estimate_key(key, config.search_n))
 
 
 class PolicyEvaluator:
@@ -795,7 +764,7 @@ def certify_images(stage: str, classifier: Classifier, images: ImageSet, config:
                                len(images.classes), config.sigma, config.n0, config.n, config.alpha, key,
                                config.eval_batch)
 
-    for results in in_blocks(len(indices), len(rows), max(1, 4 * config.eval_batch // config.n), work):
+    for results in in_blocks(len(indices), len(rows), 4 * config.eval_batch // config.n, work):
         rows += sum(results, [])
         if RANK == 0:
             with path.open("a") as file:
@@ -870,12 +839,14 @@ def run(config: Config) -> dict:
     search_ids = evenly_spaced(config.search_images, len(train_images))
     train_ids = sorted(set(range(len(train_images))) - set(search_ids))
     keys = stage_keys(config, STAGES, train_images, test_images)
-    path, out = base_path(config, keys), Path(config.out)
+    # A base is kept for every run whose base options are equal.
+    key = digest(json.dumps(keys["train the base"]).encode())
+    path = Path("runs/bases") / f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-{key}.pt"
     trained = config.checkpoint is not None or path.exists()
     base = build_base(config, num_classes, path)
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
     environment = BitWidthEnvironment(table, config.budget, config.size_budget)
-    stages = open_run(config, keys)
+    stages, out = open_run(config, keys), Path(config.out)
     print(f"{config.dataset}: {len(train_ids)} training, {len(search_ids)} search and {config.images} test "
           f"images, {num_classes} classes; {config.arch}, sigma {config.sigma:g}; run folder {out}", flush=True)
     if not stages.finished("certify ARQ, test images", out / "certificates.tsv"):
@@ -897,11 +868,8 @@ def run(config: Config) -> dict:
     search_images = train_images.batch(search_ids, config.device)
     calibrate(classifier, search_images, config)
     labels = [train_images.labels[i] for i in search_ids]
-    if stages.begins("certify the base, search images", out / "search_cache.pt"):
-        certify_search_images(classifier, search_images, labels, search_ids, num_classes, config,
-                              out / "search_cache.pt", stages)
-        stages.ends()
-    cache = read_cache(out / "search_cache.pt", config)
+    cache = certify_search_images(classifier, search_images, labels, search_ids, num_classes, config,
+                                  out / "search_cache.pt", stages)
     base_acr = certify.average_certified_radius(cache.certificates)
     print(f"  ACR of the base on the search images: {down(base_acr)}")
     if base_acr == 0:

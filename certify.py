@@ -22,6 +22,7 @@ import hashlib
 import math
 import statistics
 import time
+import warnings
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -134,8 +135,19 @@ def noisy_predictions(classifier: Classifier, images: Tensor, ids: Sequence[int]
                 filled += len(part)
                 done += len(part)
                 if filled == batch_size or done == total:
-                    yield torch.tensor(rows), classifier(torch.cat(batch)).argmax(1).cpu()
+                    yield torch.tensor(rows), _classify(classifier, torch.cat(batch))
                     batch, rows, filled = [], [], 0
+
+
+def _classify(classifier: Classifier, batch: Tensor) -> Tensor:
+    """Predicted classes (B,), on the CPU. A batch that memory cannot hold is halved, with a warning."""
+    try:
+        return classifier(batch).argmax(1).cpu()
+    except RuntimeError as error:  # of GPUs, of CPUs
+        if len(batch) == 1 or not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
+            raise
+    warnings.warn(f"out of memory with {len(batch)} samples at a time, halved; a smaller batch size is faster")
+    return torch.cat([_classify(classifier, half) for half in batch.chunk(2)])
 
 
 def class_counts(classifier: Classifier, images: Tensor, ids: Sequence[int], n: int, num_classes: int,

@@ -32,6 +32,7 @@ import torch
 import torchvision
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
 
 MIN_BITS, MAX_BITS, FLOAT_BITS, END_BITS = 2, 8, 32, 8
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
@@ -43,26 +44,11 @@ Policy = dict[str, list[int]]
 
 # ---- networks ----
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: identity, 1x1 convolution, or (option A) zero-padded channels."""
-
-    def __init__(self, c_in: int, c_out: int, stride: int, option_a: bool):
-        super().__init__()
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(c_out)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(c_out)
-        self.pad, self.stride, self.option_a = (c_out - c_in) // 2, stride, option_a
-        self.downsample = None if c_in == c_out or option_a else nn.Sequential(
-            nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
+class PaddedShortcut(nn.Module):
+    """Option A: every second pixel, and channels of zeros on both sides, instead of a 1x1 convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.downsample is not None:
-            x = self.downsample(x)
-        elif self.pad:
-            x = F.pad(x[:, :, ::self.stride, ::self.stride], (0, 0, 0, 0, self.pad, self.pad))
-        return F.relu(out + x)
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
 
 
 class CifarResNet(nn.Module):
@@ -72,13 +58,14 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        channels = 16
-        for stage, width in enumerate((16, 32, 64), 1):
-            blocks = []
-            for block in range((depth - 2) // 6):
-                blocks.append(BasicBlock(channels, width, 2 if block == 0 and stage > 1 else 1, option_a))
-                channels = width
-            setattr(self, f"layer{stage}", nn.Sequential(*blocks))
+        blocks = (depth - 2) // 6
+        self.layer1 = nn.Sequential(*[BasicBlock(16, 16) for _ in range(blocks)])
+        for stage, c_out in ((2, 32), (3, 64)):
+            shortcut = PaddedShortcut() if option_a else nn.Sequential(
+                nn.Conv2d(c_out // 2, c_out, 1, 2, bias=False), nn.BatchNorm2d(c_out))
+            first = BasicBlock(c_out // 2, c_out, 2, shortcut)
+            rest = [BasicBlock(c_out, c_out) for _ in range(blocks - 1)]
+            setattr(self, f"layer{stage}", nn.Sequential(first, *rest))
         self.fc = nn.Linear(64, num_classes)
         for conv in [module for module in self.modules() if isinstance(module, nn.Conv2d)]:
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -110,6 +97,18 @@ def build_classifier(arch: str, num_classes: int, mean=CIFAR10_MEAN, std=CIFAR10
     else:
         raise ValueError(f"unknown network {arch!r}; there are {[*CIFAR_RESNETS, *TORCHVISION_NETS]}")
     return Classifier(net, mean, std)
+
+
+def load_pretrained(classifier: Classifier, arch: str) -> None:
+    """torchvision's weights, downloaded; where the classes differ, all but the last layer. Raises ValueError."""
+    weights, own = torchvision.models.get_model_weights(arch).DEFAULT, classifier.net.state_dict()
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:  # no network; a download that was cut
+        raise ValueError(f"{weights.url} could not be downloaded ({error}); put that file into "
+                         f"{torch.hub.get_dir()}/checkpoints") from None
+    own.update({name: value for name, value in state.items() if value.shape == own[name].shape})
+    classifier.net.load_state_dict(own)
 
 
 def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None) -> Classifier:
@@ -245,7 +244,7 @@ class QuantLayer(nn.Module):
         if self.w_bits != FLOAT_BITS:
             step = self.w_step.view(-1, *[1] * (w.ndim - 1))
             w = FakeQuantize.apply(w, step, *integer_range(self.w_bits, True, True), w[0].numel())
-            a = FakeQuantize.apply(x, self.a_step, *integer_range(self.a_bits, self.signed), x[0].numel())
+            a = FakeQuantize.apply(x.float(), self.a_step, *integer_range(self.a_bits, self.signed), x[0].numel())
         return self.norm(F.linear(a, w, self.bias) if self.linear else F.conv2d(a, w, self.bias, **self.conv))
 
     @torch.no_grad()
@@ -673,7 +672,7 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
     header = {**description, "policy": [[layer.w_bits, layer.a_bits] for layer in layers],
               "signed": [int(layer.signed) for layer in layers],
               "mean": classifier.mean.flatten().tolist(), "std": classifier.std.flatten().tolist(),
-              "option_a": getattr(getattr(classifier.net, "layer2", [None])[0], "option_a", False)}
+              "option_a": any(isinstance(module, PaddedShortcut) for module in classifier.modules())}
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     data = [MAGIC, struct.pack("<HI", VERSION, len(text)), text]
     for layer in layers:
