@@ -14,6 +14,7 @@
 """
 
 import argparse
+import contextlib
 import copy
 import ctypes
 import dataclasses
@@ -26,6 +27,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -49,6 +51,8 @@ BASE_LR, BASE_DECAY = 0.2, 5e-4
 EPISODE_LR, FINETUNE_LR, FINETUNE_DECAY = 0.005, 0.02, 1e-4
 RADII = (0.0, 0.25, 0.5, 0.75)
 AUTOCAST_DEVICES = ("cuda",)
+WORLD = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1  # torchrun's processes
+RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # this one; the first writes and prints
 
 
 class InputError(ValueError):
@@ -81,8 +85,9 @@ STAGES = {"train the base": BASE, "certify the base, search images": CACHE, "sea
 EVALUATION = {"certify": ["evaluate", "arch", "mean", "std", "sigma", "seed", "image_size", *TEST]}
 SAVED_OPTIONS = ("dataset", "arch", "image_size", "sigma")  # in the file of a network
 UPPER = dict(sigma=math.inf, budget=1, size_budget=1, alpha=1, alpha_zeta=1, gamma=1)
-LOWEST = dict(epochs=1, episodes=1, episode_steps=0, finetune_epochs=0, search_images=1, search_n=1, n_p=1,
-              images=1, n0=1, n=1, image_size=8, batch_size=2, eval_batch=1, workers=0, seed=0)
+LOWEST = dict(epochs=1, episodes=1, episode_steps=0, finetune_epochs=0, search_images=WORLD, search_n=1,
+              n_p=1, images=1, n0=1, n=1, image_size=8, batch_size=max(2, WORLD), eval_batch=1, workers=0,
+              seed=0)
 
 
 def option(default, text: str, **parser_options):
@@ -232,7 +237,7 @@ def digest(*parts: bytes) -> str:
 
 
 def write_whole(path: Path, value) -> None:
-    """Rank 0 writes a JSON, torch or packed file, whole or not at all: beside its place, which it then takes."""
+    """Rank 0 writes a JSON, torch or packed file, whole or not at all: beside its place, then into it."""
     if RANK > 0:
         return
     part, data = path.with_name(path.name + ".part"), io.BytesIO()
@@ -253,16 +258,13 @@ def read_state(path: Path):
 
 # ---- processes and stages ----
 
-WORLD = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1  # torchrun's processes
-RANK = int(os.environ["RANK"]) if WORLD > 1 else 0                              # this one; 0 writes and prints
-
-
 def join_processes(config: Config) -> None:
     """Become one of torchrun's processes: nccl on GPUs, one each, and gloo on CPUs."""
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # torchrun ends all when one dies; waiting long for a block of images is no reason to.
     dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=timedelta(days=1))
+    warnings.filterwarnings("ignore", "Grad strides")  # of 1x1 convolutions: costs nothing that matters
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
 
@@ -290,8 +292,8 @@ class Stages:
             differ = [f"{flag(option)} {old.get(option)} there, {value} here"
                       for option, value in key.items() if old.get(option) != value]
             if differ and not restart:
-                raise InputError(f"{path.parent} holds another run, from '{name}' on: {'; '.join(differ[:4])}; "
-                                 f"give another --out, or --restart to do that anew")
+                raise InputError(f"{path.parent} holds another run, from '{name}' on: {'; '.join(differ[:4])}"
+                                 f"; give another --out, or --restart to do that anew")
             if differ:
                 del self.records[name]
 
@@ -305,7 +307,7 @@ class Stages:
         return name in self.records and self.records[name]["finished"] and product.exists()
 
     def begins(self, name: str, product: Path) -> bool:
-        """Whether the stage that makes this file is to be worked on: `state` is what it saved last, or None."""
+        """Whether the stage that makes this file has work left: `state` is what it saved last, or None."""
         if self.finished(name, product):
             print(f"{name}: finished earlier, used again", flush=True)
             return False
@@ -530,8 +532,8 @@ def train(classifier: nn.Module, images: ImageSet, indices: list[int], config: C
     Nesterov SGD for `steps` batches; the rate rises over the first fifth and falls along a cosine. Weight
     decay spares steps, biases and BatchNorm. Randomness is seeded anew every epoch: equal arguments train
     equal networks, and with stages an interrupted call continues from its last epoch. Under torchrun each
-    process takes its share of every batch; but for BatchNorm, which sees that share, the gradient is the whole
-    batch's. GPUs compute in bfloat16 where torch.autocast allows it.
+    process takes its share of every batch; the gradient is the whole batch's, but for BatchNorm, which sees
+    the share. GPUs compute in bfloat16 where torch.autocast lets them.
     """
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()[:4], "little")
     groups = [{"params": [p for p in classifier.parameters() if p.ndim > 1], "weight_decay": weight_decay},
@@ -622,7 +624,8 @@ def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float]
     the policy is rank 0's.
     """
     warmup = min(20, max(1, episodes // 3))
-    agent, records = DDPG(environment.state_size, seed, DDPGConfig(episodes=episodes, warmup_episodes=warmup)), []
+    agent = DDPG(environment.state_size, seed, DDPGConfig(episodes=episodes, warmup_episodes=warmup))
+    records = []
     if stages.state is not None:
         agent.load_state_dict(stages.state["agent"])
         records = stages.state["records"]
@@ -681,9 +684,9 @@ def integers(classifier: Classifier, config: Config) -> nn.Module:
 
 
 def in_blocks(total: int, done: int, block: int, work: Callable[[slice], object]) -> Iterator[list]:
-    """work(part) on blocks of images, each process on one at a time. Yields each round's results, in order, to all.
+    """work(part) on blocks of images, one a process at a time. Yields each round's results, in order, to all.
 
-    Blocks are the same however many processes there are and wherever a run was interrupted: so are the batches.
+    Blocks, and with them batches, depend neither on the number of processes nor on interruptions.
     """
     block = max(1, block)
     for first in progress("certifying", "images", done, total, block * WORLD):
@@ -693,19 +696,19 @@ def in_blocks(total: int, done: int, block: int, work: Callable[[slice], object]
 
 
 def certify_search_images(classifier: Classifier, images: Tensor, labels: list[int], ids: list[int],
-                          num_classes: int, config: Config, path: Path, stages: Stages) -> certify.ReplayCache:
-    """FullRobustCertify(f) on the search images."""
-    key = NoiseKey(config.seed, "search")
+                          num_classes: int, config: Config, path: Path, stages: Stages):
+    """FullRobustCertify(f) on the search images: a certify.ReplayCache."""
+    key, sizes = NoiseKey(config.seed, "search"), (config.n0, config.search_n)
 
     def work(part: slice):
         cache = certify.certify_and_cache(classifier, images[part], labels[part], ids[part], num_classes,
-                                          config.sigma, config.n0, config.search_n, config.alpha, key,
-                                          config.eval_batch)
+                                          config.sigma, *sizes, config.alpha, key, config.eval_batch)
         return [vars(row) for row in cache.certificates], cache.predictions
 
     if stages.begins("certify the base, search images", path):
         done = stages.state or []
-        for results in in_blocks(len(ids), sum(len(rows) for rows, _ in done), 10_000 // config.search_n, work):
+        images_done = sum(len(rows) for rows, _ in done)
+        for results in in_blocks(len(ids), images_done, 10_000 // config.search_n, work):
             done += results
             stages.save(done)
         write_whole(path, done)
@@ -722,9 +725,9 @@ class PolicyEvaluator:
     def __init__(self, classifier: Classifier, cache: certify.ReplayCache, images: Tensor,
                  train_images: ImageSet, train_ids: list[int], config: Config):
         # Images of wrong class cost nothing: every process gets as many of the others.
-        order = sorted(range(len(images)), key=lambda i: cache.certificates[i].selected != cache.certificates[i].label)
-        mine = order[RANK::WORLD]
-        self.cache = certify.ReplayCache([cache.certificates[i] for i in mine], cache.predictions[mine], cache.key)
+        rows = cache.certificates
+        mine = sorted(range(len(rows)), key=lambda i: rows[i].selected != rows[i].label)[RANK::WORLD]
+        self.cache = certify.ReplayCache([rows[i] for i in mine], cache.predictions[mine], cache.key)
         self.classifier, self.images = classifier, images[mine]
         self.train_images, self.train_ids, self.config = train_images, train_ids, config
         self.base_state = copy.deepcopy(classifier.state_dict())
@@ -746,14 +749,14 @@ class PolicyEvaluator:
 
 def certify_images(stage: str, classifier: Classifier, images: ImageSet, config: Config, path: Path,
                    purpose: str, stages: Stages) -> list[certify.Certificate]:
-    """The final certificate on test images, one flushed row an image; finished blocks in the file are kept."""
+    """The final certificate on test images, one flushed row an image; finished blocks are kept."""
     if not stages.begins(stage, path):
         return certify.read_certificates(path)
     indices, key = evenly_spaced(config.images, len(images)), NoiseKey(config.seed, purpose)
     arithmetic = getattr(classifier, "path", "float")
     done, begun = stages.state or (0, arithmetic)
     if begun != arithmetic:
-        raise InputError(f"{path} was begun with {begun} arithmetic, here it is {arithmetic}; give another --out")
+        raise InputError(f"{path} was begun in {begun} arithmetic, here it is {arithmetic}; give a new --out")
     rows, text = certify.read_certificates(path)[:done] if done else [], io.StringIO()
     certify.write_certificates(text, rows)
     write_whole(path, text.getvalue().encode())  # without rows of an unfinished block
@@ -774,8 +777,7 @@ def certify_images(stage: str, classifier: Classifier, images: ImageSet, config:
     return rows
 
 
-def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], config: Config,
-                         trained: bool) -> None:
+def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], config: Config, trained: bool):
     """What each stage should take, from a few batches through a copy of the base and a quantized one."""
     simulated, plain = copy.deepcopy(base), copy.deepcopy(base)
     table = models.quantize_model(simulated, config.image_size)
@@ -790,16 +792,17 @@ def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], con
             x.cpu()  # waits for the device
         return (time.monotonic() - start) / count
 
-    count, key = 3 * config.eval_batch, NoiseKey(0, "timing")
-    sample = x, [0], count, len(images.classes), config.sigma, key, config.eval_batch
-    batches = images, ids[:config.batch_size], config, 2, 0.0, 0.0, "timing"
-    float_pass, int_pass = (seconds(count, certify.class_counts, net, *sample) for net in (base, quantized))
-    base_step, step = (seconds(2 * config.batch_size, train, net, *batches) for net in (plain, simulated))
+    count, batch = 3 * config.eval_batch, max(WORLD, min(config.batch_size, config.eval_batch))
+    sample = x, [0], count, len(images.classes), config.sigma, NoiseKey(0, "timing"), config.eval_batch
+    batches = images, ids[:batch], dataclasses.replace(config, batch_size=batch), 2, 0.0, 0.0, "timing"
+    float_pass, int_pass = (seconds(count, certify.class_counts, net, *sample) / WORLD
+                            for net in (base, quantized))
+    base_step, step = (seconds(2 * batch, train, net, *batches) for net in (plain, simulated))
     final = config.images * (config.n0 + config.n)
-    final, passes = final / WORLD, config.search_images * config.n_p / WORLD
+    episode = config.episode_steps * config.batch_size * step + config.search_images * config.n_p * int_pass
     stages = {"train the base": 0 if trained else config.epochs * len(ids) * base_step,
-              "certify the base": (config.search_images * config.search_n / WORLD + final) * float_pass,
-              f"search, {config.episodes} episodes": config.episodes * (config.episode_steps * config.batch_size * step + passes * int_pass),
+              "certify the base": (config.search_images * config.search_n + final) * float_pass,
+              f"search, {config.episodes} episodes": config.episodes * episode,
               "fine-tune": config.finetune_epochs * len(ids) * step, "certify ARQ": final * int_pass}
     print(f"expected on {config.device}, from {1 / float_pass:.0f} float and {1 / int_pass:.0f} quantized "
           f"images/s ({quantized.path}), {1 / step:.0f} in training")
@@ -828,6 +831,8 @@ def open_run(config: Config, keys: dict[str, dict]) -> Stages:
     stages = Stages(out / "state.pt", keys, config.restart)
     gather(None)  # every process has seen the folder as it was
     out.mkdir(parents=True, exist_ok=True)
+    if RANK == 0:
+        (out / "results.json").unlink(missing_ok=True)  # not beside stages done anew
     write_whole(out / "config.json", dataclasses.asdict(config))
     return stages
 
@@ -838,6 +843,7 @@ def run(config: Config) -> dict:
     num_classes = len(train_images.classes)
     search_ids = evenly_spaced(config.search_images, len(train_images))
     train_ids = sorted(set(range(len(train_images))) - set(search_ids))
+    epoch = len(train_ids) // config.batch_size
     keys = stage_keys(config, STAGES, train_images, test_images)
     # A base is kept for every run whose base options are equal.
     key = digest(json.dumps(keys["train the base"]).encode())
@@ -848,16 +854,15 @@ def run(config: Config) -> dict:
     environment = BitWidthEnvironment(table, config.budget, config.size_budget)
     stages, out = open_run(config, keys), Path(config.out)
     print(f"{config.dataset}: {len(train_ids)} training, {len(search_ids)} search and {config.images} test "
-          f"images, {num_classes} classes; {config.arch}, sigma {config.sigma:g}; run folder {out}", flush=True)
+          f"images, {num_classes} classes; {config.arch}, sigma {config.sigma:g}; run folder {out}")
     if not stages.finished("certify ARQ, test images", out / "certificates.tsv"):
         print_expected_times(base, train_images, train_ids, config, trained)
     stages.watch(base)
     if trained:
         print(f"base classifier: {config.checkpoint or path}, trained earlier")
     elif stages.begins("train the base", path):
-        steps, lr = config.epochs * (len(train_ids) // config.batch_size), BASE_LR
-        train(base, train_images, train_ids, config, steps, FINETUNE_LR if config.pretrained else lr, BASE_DECAY,
-              "base", stages)
+        steps, lr = config.epochs * epoch, FINETUNE_LR if config.pretrained else BASE_LR
+        train(base, train_images, train_ids, config, steps, lr, BASE_DECAY, "base", stages)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, base.state_dict())
         stages.ends()
@@ -887,8 +892,8 @@ def run(config: Config) -> dict:
     if stages.begins("fine-tune", file):
         classifier.load_state_dict(evaluate.base_state)
         models.set_policy(classifier, policy)
-        steps = int(config.finetune_epochs * (len(train_ids) // config.batch_size))
-        train(classifier, train_images, train_ids, config, steps, FINETUNE_LR, FINETUNE_DECAY, "fine-tune", stages)
+        train(classifier, train_images, train_ids, config, int(config.finetune_epochs * epoch), FINETUNE_LR,
+              FINETUNE_DECAY, "fine-tune", stages)
         description = {name: getattr(config, name) for name in SAVED_OPTIONS}
         description["classes"] = train_images.classes
         write_whole(file, models.pack_model(classifier, table, description))
@@ -899,11 +904,12 @@ def run(config: Config) -> dict:
                                out / "base_certificates.tsv", "base certificate", stages)
     classifier = integers(models.load_model(file)[0], config)
     stages.watch(classifier)
-    rows = certify_images("certify ARQ, test images", classifier, test_images, config, out / "certificates.tsv",
-                          "certificate", stages)
+    rows = certify_images("certify ARQ, test images", classifier, test_images, config,
+                          out / "certificates.tsv", "certificate", stages)
     results = summarize(rows, classifier, table, policy, config, best["acr"], file)
     wide = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
-    results["base"] = summarize(base_rows, base, table, wide, config, base_acr)
+    base_file = Path(config.checkpoint or path)
+    results["base"] = summarize(base_rows, base, table, wide, config, base_acr, base_file)
     results["acr_difference"] = dict(zip(("mean", "standard_error"), certify.acr_difference(rows, base_rows)))
     write_whole(out / "results.json", {**results, "stages": stages.times()})
     print_report(results, policy, config, out)
@@ -920,11 +926,11 @@ def calibrate(classifier: Classifier, images: Tensor, config: Config) -> None:
 
 def evaluate_saved(config: Config) -> dict:
     """--evaluate: certify a saved network, quantized (model.arq) or a float checkpoint, on test images."""
-    test_images = load_split(config, False)
-    classes, file = test_images.classes, None
+    test_images, out = load_split(config, False), Path(config.out)
+    classes = test_images.classes
     if models.read_packed(config.evaluate):
         classifier, table, saved = models.load_model(config.evaluate)
-        policy, file = saved["policy"], Path(config.evaluate)
+        policy = saved["policy"]
         if saved["classes"] != classes:
             raise InputError(f"--evaluate {config.evaluate} is for classes {saved['classes'][:3]} ..., these "
                              f"images have {classes[:3]} ...; give its --data")
@@ -933,19 +939,19 @@ def evaluate_saved(config: Config) -> dict:
         table = models.quantize_model(classifier, config.image_size)
         policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
     stages = open_run(config, stage_keys(config, EVALUATION, None, test_images))
-    out, classifier = Path(config.out), integers(classifier, config)
+    classifier = integers(classifier, config)
     stages.watch(classifier)
     rows = certify_images("certify", classifier, test_images, config, out / "certificates.tsv", "certificate",
                           stages)
-    results = summarize(rows, classifier, table, policy, config, None, file)
+    results = summarize(rows, classifier, table, policy, config, None, Path(config.evaluate))
     write_whole(out / "results.json", {**results, "stages": stages.times()})
     print_report(results, policy, config, out)
     return results
 
 
 def summarize(rows, classifier: nn.Module, table: list[Layer], policy: Policy, config: Config,
-              search_acr: Optional[float], file: Optional[Path] = None) -> dict:
-    """What results.json says of one network, with what its certificates rest on; one-sided unless named."""
+              search_acr: Optional[float], file: Path) -> dict:
+    """What results.json says of a network and its file, with what its certificates rest on; one-sided."""
     both_sides = certify.two_sided(rows)
     return {"acr": certify.average_certified_radius(rows), "accuracy": certify.certified_accuracy(rows, 0),
             "acr_standard_error": certify.acr_difference(rows)[1],
@@ -955,18 +961,11 @@ def summarize(rows, classifier: nn.Module, table: list[Layer], policy: Policy, c
                           "accuracy": certify.certified_accuracy(both_sides, 0)},
             "bitops_ratio": models.bitops_ratio(table, policy),
             "size_bytes": models.size_bytes(table, policy),
-            "file_bytes": file.stat().st_size if file else None, "path": getattr(classifier, "path", "float"),
-            "search_acr": search_acr, "images": len(rows), "network": network_hash(classifier, policy),
+            "file_bytes": file.stat().st_size, "network": digest(file.read_bytes()), "images": len(rows),
+            "path": getattr(classifier, "path", "float"), "search_acr": search_acr,
             "sigma": config.sigma, "n0": config.n0, "n": config.n, "alpha": config.alpha,
             "expected_false_certificates": config.alpha * len(rows),
             "device": config.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
-
-
-def network_hash(classifier: Classifier, policy: Policy) -> str:
-    """Names the network that certificates belong to: a hash of its policy and all tensors of its state."""
-    state = [(name, torch.as_tensor(value)) for name, value in sorted(classifier.state_dict().items())]
-    return digest(json.dumps([policy, [name for name, _ in state]]).encode(),
-                  *(value.cpu().contiguous().numpy().tobytes() for _, value in state))
 
 
 def down(value: Optional[float]) -> str:
@@ -991,7 +990,7 @@ def print_report(results: dict, policy: Policy, config: Config, out: Path) -> No
             "abstained": lambda r: f"{r['abstained']:.4f}",
             "BitOPs, % of float": lambda r: f"{100 * r['bitops_ratio']:.4f}",
             "weights, bytes (their bits)": lambda r: f"{r['size_bytes']:,}",
-            "file, bytes": lambda r: f"{r['file_bytes']:,}" if r["file_bytes"] else "-",
+            "file, bytes": lambda r: f"{r['file_bytes']:,}",
             "arithmetic": lambda r: r["path"]}
     print(f"{'':<34}" + "".join(f"{name:>14}" for name in columns))
     for label, text in rows.items():
@@ -1005,18 +1004,10 @@ def print_report(results: dict, policy: Policy, config: Config, out: Path) -> No
     print(f"\nwritten to {out}/", flush=True)
 
 
-def keep_memory() -> None:
-    """Ask glibc not to hand every tensor's memory back: faulting it in again is a fifth of an evaluation."""
-    try:
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2 ** 30)      # M_MMAP_THRESHOLD
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-    except (OSError, AttributeError, TypeError):  # another C library
-        pass
-
-
 def main(argv=None) -> int:
-    keep_memory()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library than glibc, which hands
+        ctypes.CDLL(None).mallopt(-3, 2 ** 30)  # every tensor's memory back: faulting it in again is a fifth
+        ctypes.CDLL(None).mallopt(-1, 2 ** 31 - 1)  # of an evaluation
     out, code = "the run folder", 2
     try:
         config = parse_config(argv)
