@@ -3,13 +3,19 @@
 import ast
 import copy
 import functools
+import hashlib
 import json
 import math
+import os
 import platform
+import random
 import re
+import resource
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -1158,27 +1164,33 @@ def image_tree(root: Path, sizes=((40, 50), (33, 32), (64, 48))) -> None:
                 to_pil_image(pixels.to(torch.uint8)).save(root / split / name / f"{i:02d}.png")
 
 
-def test_folders_in_any_size_and_unreadable_images(tmp_path, capsys):
+FOLDER = "--dataset folder --image-size 24 --images 8 --search-images 4 --batch-size 8 --device cpu".split()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_folders_in_any_size_stream(tmp_path, workers):
+    """Grey and colour files come out as RGB of one size, in the order asked for, from any number of workers."""
     image_tree(tmp_path)
-    config = arq.parse_config(["--dataset", "folder", "--data", str(tmp_path), "--image-size", "24",
-                               "--images", "8", "--search-images", "4", "--batch-size", "8"])
+    config = arq.parse_config([*FOLDER, "--data", str(tmp_path), "--workers", str(workers)])
     train, test = arq.load_images(config)
-    assert train.pixels.shape == (24, 3, 24, 24) and test.classes == ["dark", "light"]
-    assert train.batch([23]).mean() > 0.5 > train.batch([0]).mean()
-    lazy = arq.ImageSet(train.labels, train.classes, paths=sorted(tmp_path.glob("train/*/*.png")), size=24)
-    assert torch.equal(lazy.batch([0, 5, 20]), train.batch([0, 5, 20]))
-    (tmp_path / "train" / "dark" / "05.png").write_bytes(b"\x89PNG broken")
-    options = "--dataset folder --image-size 24 --images 8 --search-images 4 --batch-size 8".split()
-    assert fails([*options, "--data", str(tmp_path)], capsys, "05.png")
+    assert test.classes == ["dark", "light"] and train.labels == [0] * 12 + [1] * 12
+    assert train.pixels is None and train.batch([23]).mean() > 0.5 > train.batch([0]).mean()
+    before = torch.get_rng_state()
+    batches = list(train.batches(iter([torch.tensor([3, 0]), torch.tensor([20]), torch.tensor([5, 6, 7])])))
+    assert torch.equal(torch.get_rng_state(), before)  # or else training would depend on the workers
+    assert [len(images) for images in batches] == [2, 1, 3] and batches[0].dtype == torch.uint8
+    assert all(images.shape[1:] == (3, 24, 24) for images in batches)
+    assert torch.equal(torch.cat(batches), train.read([3, 0, 20, 5, 6, 7]))
 
 
 # ---- arq.py: the command ----
 
-def fails(arguments, capsys, *words) -> bool:
-    """Exit code 2 and one line that holds all the words."""
-    code = arq.main(arguments)
+def fails(arguments, capsys, *words, code=2) -> bool:
+    """This exit code and one line that holds all the words."""
+    assert arq.main(arguments) == code
     error = capsys.readouterr().err
-    assert code == 2 and error.count("\n") == 1 and error.startswith("arq.py: error: "), error
+    assert code == 130 or error.startswith("arq.py: error: ")
+    assert error.count("\n") == 1, error
     assert all(word in error for word in words), error
     return True
 
@@ -1204,6 +1216,8 @@ def fails(arguments, capsys, *words) -> bool:
     (["--images", "2000"], ["--images 2000", "1000"]),
     (["--mean", "1", "2"], ["--mean"]),
     (["--finetune-epochs", "nan"], ["--finetune-epochs"]),
+    (["--pretrained"], ["--pretrained", "mobilenet_v2"]),
+    (["--workers", "-1"], ["--workers", "at least 0"]),
 ])
 def test_wrong_input_ends_with_one_line(arguments, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -1211,13 +1225,13 @@ def test_wrong_input_ends_with_one_line(arguments, words, capsys, tmp_path, monk
     assert not (tmp_path / "runs").exists()
 
 
-SMALL = ("--epochs 1 --episodes 4 --episode-steps 1 --finetune-epochs 0.2 --images 6 --n 200 "
+SMALL = ("--epochs 2 --image-size 16 --episodes 4 --episode-steps 1 --finetune-epochs 1.1 --images 6 --n 200 "
          "--search-images 12 --search-n 100 --n-p 50 --n0 20 --device cpu").split()
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The whole method, once, in the smallest settings."""
+    """The whole method, once, in small settings: two epochs of training, two of fine-tuning, four episodes."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -1235,7 +1249,8 @@ def test_a_run_leaves_what_others_script_against(finished_run):
     assert results["bitops_ratio"] <= 0.015 and results["base"]["bitops_ratio"] == 1
     assert all({"seconds", "forward_passes"} <= stage.keys() for stage in results["stages"].values())
     passes = {name: stage["forward_passes"] for name, stage in results["stages"].items()}
-    assert passes["fine-tune"] == 12 * 128 and passes["certify ARQ, test images"] == 6 * 220
+    assert passes["train the base"] == 2 * 62 * 128 and passes["fine-tune"] == 68 * 128
+    assert passes["certify ARQ, test images"] == 6 * 220
     right, rest = divmod(passes["search"] - 4 * 128, 4 * 50)  # 50 samples an image of right class
     assert 1 <= right <= 12 and rest == 0
     rows = certify.read_certificates(out / "certificates.tsv")
@@ -1250,7 +1265,7 @@ def test_a_run_leaves_what_others_script_against(finished_run):
     classifier, table, saved = models.load_model(out / "model.arq")
     assert results["file_bytes"] == (out / "model.arq").stat().st_size and results["path"] in models.PATHS
     assert saved["policy"] == policy and results["bitops_ratio"] == models.bitops_ratio(table, policy)
-    assert results["network"] == arq.network_hash(classifier, policy) != results["base"]["network"]
+    assert hashlib.sha256((out / "model.arq").read_bytes()).hexdigest().startswith(results["network"])
 
 
 def test_the_saved_network_gives_the_same_certificates(finished_run, monkeypatch):
@@ -1261,43 +1276,149 @@ def test_the_saved_network_gives_the_same_certificates(finished_run, monkeypatch
     assert [(row.n_a, row.radius) for row in first] == [(row.n_a, row.radius) for row in second]
 
 
-def test_an_interrupted_run_continues(finished_run, monkeypatch, capsys):
-    """Ctrl-C in the third episode and in the final certificate: the same search, the same certificates."""
-    monkeypatch.chdir(finished_run)
-    calls = {"episode": 0, "certificate": 0}
-    evaluate, write = arq.PolicyEvaluator.__call__, certify.write_certificates
+def contents(run: Path) -> dict:
+    """What a run left, without times."""
+    def timeless(record):
+        return {name: value for name, value in record.items() if name not in ("seconds", "time")}
 
-    def evaluate_twice(self, policy):
-        calls["episode"] += 1
-        if calls["episode"] == 3:
+    results = json.loads((run / "results.json").read_text())
+    cache = [([timeless(row) for row in rows], predictions.tolist())
+             for rows, predictions in arq.read_state(run / "search_cache.pt")]
+    tables = {name: [timeless(vars(row)) for row in certify.read_certificates(run / name)]
+              for name in ("certificates.tsv", "base_certificates.tsv")}
+    return {**tables, "results": {**results, "stages": {name: timeless(stage)
+                                                        for name, stage in results["stages"].items()}},
+            "search": [timeless(json.loads(line)) for line in (run / "search.jsonl").read_text().splitlines()],
+            "model": (run / "model.arq").read_bytes(), "policy": (run / "policy.json").read_bytes(),
+            "cache": cache}
+
+
+def run_command(arguments, processes=0, **options) -> subprocess.Popen:
+    """arq.py as a process of its own, or as several under torchrun; it prints to one pipe, in lines."""
+    start = [sys.executable]
+    if processes:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                 f"--nproc-per-node={processes}", "--"]
+    return subprocess.Popen([*start, str(HERE / "arq.py"), *arguments], stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.STDOUT, **options)
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    for line in process.stdout:
+        if text in line:
+            return
+    raise AssertionError(f"the process ended without saying {text!r}")
+
+
+def test_a_run_killed_anywhere_continues_bit_for_bit(finished_run, tmp_path):
+    """Three SIGKILLs, at seeded random moments; then every file is that of the run that nothing interrupted."""
+    moments = random.Random(5)
+    for kill in range(3):
+        process = run_command([*SMALL, "--out", "run"], cwd=tmp_path)
+        wait_for(process, "together")
+        for line in range(moments.randint(1, 4)):
+            process.stdout.readline()
+        time.sleep(moments.uniform(0, 0.8))
+        assert process.poll() is None
+        process.kill()
+        process.communicate()
+        reached = arq.read_state(tmp_path / "run" / "state.pt") if kill else {}
+        for stage, name in (("search", "search.jsonl"), ("certify ARQ, test images", "certificates.tsv")):
+            if not reached.get(stage, {"finished": False})["finished"]:
+                with Path(tmp_path, "run", name).open("a") as file:  # what a kill leaves, if it is unlucky
+                    file.write("833\t8\t")
+    process = run_command([*SMALL, "--out", "run"], cwd=tmp_path)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    assert contents(tmp_path / "run") == contents(finished_run / "run")
+    bases = [arq.read_state(next(folder.glob("runs/bases/*.pt"))) for folder in (tmp_path, finished_run)]
+    assert all(torch.equal(value, bases[1][name]) for name, value in bases[0].items())
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_ctrl_c_loses_at_most_the_episode_in_flight(finished_run, monkeypatch, capsys):
+    monkeypatch.chdir(finished_run)
+    calls, evaluate = [], arq.PolicyEvaluator.__call__
+
+    def interrupted(self, policy):
+        calls.append(policy)
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return evaluate(self, policy)
 
-    def write_some(file, rows):
-        write(file, rows)
-        if "/certificates.tsv" in file.name and rows:
-            calls["certificate"] += 1
-            if calls["certificate"] == 2:
-                raise KeyboardInterrupt
-
-    monkeypatch.setattr(arq.PolicyEvaluator, "__call__", evaluate_twice)
-    monkeypatch.setattr(certify, "write_certificates", write_some)
+    monkeypatch.setattr(arq.PolicyEvaluator, "__call__", interrupted)
     command = [*SMALL, "--out", "broken"]
-    assert [arq.main(command) for _ in range(2)] == [130, 130]
-    for name, cut_off in (("certificates.tsv", "833\t8\t"), ("search.jsonl", '{"episode": 4, "acr"')):
-        with Path("broken", name).open("a") as file:  # what a kill leaves in the middle of a line
-            file.write(cut_off)
+    assert fails(command, capsys, "interrupted", "same command continues", code=130)
+    assert arq.main(command) == 0 and len(calls) == 5 and calls[2] == calls[3]
+    again, whole = contents(Path("broken")), contents(Path("run"))
+    assert again["results"]["stages"].pop("search") and whole["results"]["stages"].pop("search")
+    del whole["results"]["stages"]["train the base"]  # the other run's base is used again
+    assert again == whole
+
+
+def test_a_full_disk_ends_with_one_line_and_loses_nothing(finished_run, monkeypatch, capsys):
+    """Files end at a megabyte: the base's state fits, the agent's does not."""
+    monkeypatch.chdir(finished_run)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 ** 20, limits[1]))
+    try:
+        assert fails([*SMALL, "--out", "full"], capsys, "full", "File too large", "same command continues")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert arq.main([*SMALL, "--out", "full"]) == 0
+    said = capsys.readouterr().out
+    assert "certify the base, search images: finished earlier, used again" in said
+    assert contents(Path("full"))["search"] == contents(Path("run"))["search"]
+
+
+def test_a_folder_that_cannot_be_written_ends_with_one_line(finished_run, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(finished_run)
+    tmp_path.chmod(0o500)
+    place = tmp_path if os.geteuid() else Path("/sys")  # root may write where others may not, but not there
+    assert fails([*SMALL, "--out", str(place / "run")], capsys, str(place), "same command continues")
+
+
+def test_an_unreadable_image_in_an_epoch(tmp_path, monkeypatch, capsys):
+    """Found by a worker process in the middle of training: one line; repaired, the run goes on and ends."""
+    monkeypatch.chdir(tmp_path)
+    image_tree(tmp_path / "data")
+    command = [*FOLDER, *"--arch resnet8 --epochs 3 --episodes 2 --episode-steps 1 --finetune-epochs 0.5 --n 20 "
+               "--search-n 10 --n-p 10 --workers 1 --data data --out run".split()]
+    victim = Path("data/train/dark/08.png")  # not among the images that name the set
+    whole, read, epochs = victim.read_bytes(), arq.write_whole, []
+
+    def break_after_one_epoch(path, value):
+        read(path, value)
+        epochs.append(path)
+        if path.name == "state.pt" and len(epochs) == 2:
+            victim.write_bytes(b"\x89PNG broken")
+
+    monkeypatch.setattr(arq, "write_whole", break_after_one_epoch)
+    assert fails(command, capsys, "data/train/dark/08.png", "repair or remove it")
+    assert arq.read_state(Path("run/state.pt"))["train the base"]["state"]["step"] == 2
+    victim.write_bytes(whole)
     assert arq.main(command) == 0
-    assert "interrupted" in capsys.readouterr().err
+    assert "train the base, continued" in capsys.readouterr().out
 
-    def lines(name):
-        return [{k: v for k, v in json.loads(line).items() if k != "seconds"}
-                for line in Path(name, "search.jsonl").read_text().splitlines()]
 
-    assert lines("broken") == lines("run") and calls["episode"] == 5
-    for name in ("base_certificates.tsv", "certificates.tsv"):
-        first, second = (certify.read_certificates(f"{run}/{name}") for run in ("run", "broken"))
-        assert [(r.idx, r.n_a, r.radius) for r in first] == [(r.idx, r.n_a, r.radius) for r in second]
+def test_stages_whose_options_differ_are_refused_or_done_anew(finished_run, monkeypatch, capsys):
+    monkeypatch.chdir(finished_run)
+    shutil.copytree("run", "other")
+    more = [*SMALL, "--out", "other", "--n", "300"]
+    assert fails(more, capsys, "certify the base, test images", "--n 200 there, 300 here", "--restart")
+    packed = Path("other/model.arq").stat().st_mtime_ns
+    assert arq.main([*more, "--restart"]) == 0
+    said = capsys.readouterr().out
+    assert "fine-tune: finished earlier, used again" in said and "test images: finished" not in said
+    assert Path("other/model.arq").stat().st_mtime_ns == packed
+    assert {row.n for row in certify.read_certificates("other/certificates.tsv")} == {300}
+    assert fails([*SMALL, "--out", "other", "--seed", "1"], capsys, "--seed 0 there, 1 here")
+    assert fails([*SMALL, "--out", "runs"], capsys, "--out runs", "give another --out")
+    assert arq.main([*more, "--eval-batch", "17"]) == 0  # finished: the table again
+    assert capsys.readouterr().out.count("finished earlier, used again") == 5
+    place = {"out", "eval_batch", "workers", "evaluate", "restart"}
+    assert {name for names in arq.STAGES.values() for name in names} - {"test_data"} | place == {
+        field.name for field in fields(arq.Config)}
 
 
 def test_a_policys_reward_does_not_depend_on_the_policies_before_it():
@@ -1318,14 +1439,6 @@ def test_a_policys_reward_does_not_depend_on_the_policies_before_it():
     assert not torch.equal(first["net.conv1.weight"], other["net.conv1.weight"])
 
 
-def test_a_run_folder_refuses_other_options(finished_run, monkeypatch, capsys):
-    monkeypatch.chdir(finished_run)
-    assert fails([*SMALL, "--out", "run", "--seed", "1"], capsys, "--seed 0 there, 1 here")
-    assert fails([*SMALL, "--out", "runs"], capsys, "--out runs", "another --out")
-    assert arq.main([*SMALL, "--out", "run"]) == 0  # finished: prints the table again
-    assert "is finished" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("bits", [32, 3])
 def test_training_continues_bit_for_bit(tmp_path, bits):
     config = arq.parse_config(["--batch-size", "16", "--device", "cpu"])
@@ -1334,9 +1447,7 @@ def test_training_continues_bit_for_bit(tmp_path, bits):
     def trained(interrupt):
         torch.manual_seed(0)
         classifier = quantized("resnet8", bits=bits)[0]
-        path = tmp_path / f"{interrupt}.pt"
-        step = torch.optim.SGD.step
-        count = [0]
+        step, count = torch.optim.SGD.step, [0]
 
         def stepping(self, *arguments):
             count[0] += 1
@@ -1348,7 +1459,9 @@ def test_training_continues_bit_for_bit(tmp_path, bits):
             patch.setattr(torch.optim.SGD, "step", stepping)
             for _ in range(2):
                 try:
-                    arq.train(classifier, images, list(range(64)), config, 12, 0.1, 1e-4, "base", path)
+                    stages = arq.Stages(tmp_path / f"{interrupt}.pt", {"train": {}})
+                    stages.begins("train", tmp_path / "none")
+                    arq.train(classifier, images, list(range(64)), config, 12, 0.1, 1e-4, "base", stages)
                     break
                 except KeyboardInterrupt:
                     pass
