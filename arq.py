@@ -10,17 +10,16 @@
     BitOPs constraint  models.enforce_budget         takes bits from the last layer back until the policy fits
     reward             search                        (ACR(g^P) - ACR(g)) / ACR(g), on held-out training images
     ACR(g^P)           PolicyEvaluator               estimated, or certified by IRS, with n_p samples an image
-    X                  certify_images                test images, first seen by the final certificate
-"""
+    X                  certify_images                test images, first seen by the final certificate"""
 
 import argparse
 import contextlib
 import copy
 import ctypes
 import dataclasses
+import functools
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -53,10 +52,7 @@ RADII = (0.0, 0.25, 0.5, 0.75)
 AUTOCAST_DEVICES = ("cuda",)
 WORLD = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1  # torchrun's processes
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # this one; the first writes and prints
-
-
-class InputError(ValueError):
-    """Something the user gave cannot work: what, where, and what to do instead."""
+WORKERS = min(16, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 # ---- options ----
@@ -84,10 +80,10 @@ STAGES = {"train the base": BASE, "certify the base, search images": CACHE, "sea
           "certify ARQ, test images": [*SEARCH, "finetune_epochs", *TEST]}
 EVALUATION = {"certify": ["evaluate", "arch", "mean", "std", "sigma", "seed", "image_size", *TEST]}
 SAVED_OPTIONS = ("dataset", "arch", "image_size", "sigma")  # in the file of a network
-UPPER = dict(sigma=math.inf, budget=1, size_budget=1, alpha=1, alpha_zeta=1, gamma=1)
-LOWEST = dict(epochs=1, episodes=1, episode_steps=0, finetune_epochs=0, search_images=WORLD, search_n=1,
-              n_p=1, images=1, n0=1, n=1, image_size=8, batch_size=max(2, WORLD), eval_batch=1, workers=0,
-              seed=0)
+ABOVE_0_BELOW = dict(sigma=math.inf, budget=1, size_budget=1, alpha=1, alpha_zeta=1, gamma=1)
+AT_LEAST = dict(epochs=1, episodes=1, episode_steps=0, finetune_epochs=0, search_images=WORLD, search_n=1,
+                n_p=1, images=1, n0=1, n=1, image_size=8, batch_size=max(2, WORLD), eval_batch=1, workers=0,
+                seed=0)
 
 
 def option(default, text: str, **parser_options):
@@ -98,8 +94,7 @@ def option(default, text: str, **parser_options):
 @dataclass
 class Config:
     """Every option, from which the command line is made; None is filled in per dataset (DEFAULTS)."""
-    dataset: str = option(None, "shapes (drawn by the program), cifar10, imagenet or folder (your own); "
-                          "default: shapes, or what the network of --evaluate was made for", choices=DEFAULTS)
+    dataset: str = option(None, "shapes (drawn here; default), cifar10, imagenet or folder", choices=DEFAULTS)
     data: str = option("data", "where the images are, or where CIFAR-10 is downloaded to")
     arch: str = option(None, "resnet8/20/32/44/56/110 (CIFAR), resnet18, resnet50 or mobilenet_v2",
                        choices=(*models.CIFAR_RESNETS, *models.TORCHVISION_NETS))
@@ -107,8 +102,7 @@ class Config:
     pretrained: bool = option(False, "train the base from torchvision's weights, which are downloaded")
     mean: list = option(None, "normalisation of the network, such as 0.5 0.5 0.5", type=float, nargs=3)
     std: list = option(None, "likewise", type=float, nargs=3)
-    sigma: float = option(None, "standard deviation of the noise, in [0, 1] pixels; default: 0.25, or what "
-                          "the network of --evaluate was made for")
+    sigma: float = option(None, "standard deviation of the noise, in [0, 1] pixels (default: 0.25)")
     budget: float = option(0.015, "BitOPs allowed, as a fraction of the float network's")
     size_budget: float = option(None, "weight bits allowed, as a fraction of the float network's")
     epochs: int = option(None, "training epochs of the base classifier")
@@ -124,12 +118,12 @@ class Config:
     alpha: float = option(0.001, "probability that one image's certificate is wrong")
     alpha_zeta: float = option(0.001, "the same for the disparity in the incremental certificate")
     gamma: float = option(None, "cached p_A from which IRS as published draws fresh samples")
-    reward_estimate: str = option("point", "rewards: ACR as point estimate on noise common to all policies, "
-                                  "or certified, by IRS", choices=("point", "certified"))
+    reward_estimate: str = option("point", "rewards: ACR estimated, or certified by IRS",
+                                  choices=("point", "certified"))
     image_size: int = option(None, "side of the images the network sees")
     batch_size: int = option(128, "training batch")
     eval_batch: int = option(None, "samples per forward pass when certifying")
-    workers: int = option(None, "processes that decode image files (default: the cores, at most 16)")
+    workers: int = option(WORKERS, "processes that decode image files")
     seed: int = option(0, "seed of training, search and noise")
     device: str = option("auto", "auto, cuda, mps or cpu", choices=("auto", "cuda", "mps", "cpu"))
     out: str = option(None, "run folder (default: named after the options, under runs/)")
@@ -139,14 +133,13 @@ class Config:
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        raise InputError(f"{message} (see --help)")
+        raise ValueError(f"{message} (see --help)")
 
 
 def parse_config(argv=None) -> Config:
-    """Options from the command line, checked and completed. Raises InputError."""
-    parser = OneLineParser(description="ARQ: mixed-precision quantization that keeps certified robustness.",
-                           epilog="Defaults not shown depend on the dataset; see DEFAULTS in arq.py.",
-                           allow_abbrev=False)
+    """Options from the command line, checked and completed. Raises ValueError."""
+    parser = OneLineParser(allow_abbrev=False, description="ARQ: mixed-precision quantization that keeps "
+                           "certified robustness. Defaults not shown depend on the dataset (DEFAULTS).")
     for f in dataclasses.fields(Config):
         value = {"type": f.type, "metavar": f.type.__name__.upper(), **f.metadata}
         switch = {"action": "store_true", **f.metadata}
@@ -163,47 +156,41 @@ def complete_config(config: Config) -> Config:
     for name in ("checkpoint", "evaluate"):
         path = getattr(config, name)
         if path is not None and not Path(path).is_file():
-            raise InputError(f"{flag(name)} {path}: no such file")
+            raise ValueError(f"{flag(name)} {path}: no such file")
     packed = models.read_packed(config.evaluate) if config.evaluate else None
     saved = {name: packed[0][name] for name in SAVED_OPTIONS} if packed else {}
     for name in ("arch", "image_size"):
         if name in saved and getattr(config, name) not in (None, saved[name]):
-            raise InputError(f"--evaluate {config.evaluate} has {flag(name)} {saved[name]}; omit it")
+            raise ValueError(f"--evaluate {config.evaluate} has {flag(name)} {saved[name]}; omit it")
     config.dataset = config.dataset or saved.get("dataset", "shapes")
     for name, value in {**DEFAULTS[config.dataset], "sigma": 0.25, **saved}.items():
         if getattr(config, name) is None:
             setattr(config, name, value)
     if config.pretrained and (config.checkpoint or config.arch not in models.TORCHVISION_NETS):
-        raise InputError(f"--pretrained is for {', '.join(models.TORCHVISION_NETS)}, without --checkpoint")
+        raise ValueError(f"--pretrained is for {', '.join(models.TORCHVISION_NETS)}, without --checkpoint")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    available = [accelerator.type, "cpu"] if accelerator else ["cpu"]
-    config.device = available[0] if config.device == "auto" else config.device
-    if config.device not in available:
-        raise InputError(f"--device {config.device} is not available on this machine; use --device auto")
-    if config.workers is None:
-        config.workers = min(16, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    best = accelerator.type if accelerator else "cpu"
+    config.device = best if config.device == "auto" else config.device
+    if config.device not in (best, "cpu"):
+        raise ValueError(f"--device {config.device} is not available on this machine; use --device auto")
     if config.eval_batch is None:  # small batches stay in a CPU's cache; a GPU wants large ones
         samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32 ** 2 // max(config.image_size, 32) ** 2)
-    for name, upper in UPPER.items():
-        value = getattr(config, name)
-        if value is not None and not 0 < value < upper:
-            raise InputError(f"{flag(name)} must be above 0 and below {upper}, not {value}")
-    for name, lowest in LOWEST.items():
-        value = getattr(config, name)
-        if not lowest <= value < 2 ** 31:
-            raise InputError(f"{flag(name)} must be at least {lowest} and below 2^31, not {value}")
+    for name, value in vars(config).items():
+        if name in ABOVE_0_BELOW and value is not None and not 0 < value < ABOVE_0_BELOW[name]:
+            raise ValueError(f"{flag(name)} must be above 0 and below {ABOVE_0_BELOW[name]}, not {value}")
+        if name in AT_LEAST and not AT_LEAST[name] <= value < 2 ** 31:
+            raise ValueError(f"{flag(name)} must be at least {AT_LEAST[name]} and below 2^31, not {value}")
     for name in ("n", "search_n", "n_p"):
         n, alpha = getattr(config, name), config.alpha + (config.alpha_zeta if name == "n_p" else 0)
         if not certify.can_certify(n, alpha):
             needed = math.floor(math.log(alpha) / math.log(0.5)) + 1
-            raise InputError(f"{flag(name)} {n} never certifies at alpha = {alpha:g}; give at least {needed}")
+            raise ValueError(f"{flag(name)} {n} never certifies at alpha = {alpha:g}; give at least {needed}")
     if config.n_p > config.search_n:
-        raise InputError(f"--n-p {config.n_p} exceeds --search-n {config.search_n}, all it can replay")
+        raise ValueError(f"--n-p {config.n_p} exceeds --search-n {config.search_n}, all it can replay")
     if config.out is None:
-        source = f"budget{config.budget:g}"
-        if config.evaluate:
-            source = f"evaluate-{Path(config.evaluate).resolve().parent.name}-{Path(config.evaluate).stem}"
+        file = Path(config.evaluate or "").resolve()
+        source = f"evaluate-{file.parent.name}-{file.stem}" if config.evaluate else f"budget{config.budget:g}"
         config.out = f"runs/{config.dataset}-{config.arch}-sigma{config.sigma:g}-{source}-seed{config.seed}"
     return config
 
@@ -232,7 +219,7 @@ def duration(seconds: float) -> str:
 
 
 def digest(*parts: bytes) -> str:
-    """A short name for what these bytes say."""
+    """A short name for these bytes."""
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
@@ -251,9 +238,7 @@ def write_whole(path: Path, value) -> None:
     os.replace(part, path)
 
 
-def read_state(path: Path):
-    """Tensors and plain values from a torch file."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+read_state = functools.partial(torch.load, map_location="cpu", weights_only=True)
 
 
 # ---- processes and stages ----
@@ -262,7 +247,7 @@ def join_processes(config: Config) -> None:
     """Become one of torchrun's processes: nccl on GPUs, one each, and gloo on CPUs."""
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # torchrun ends all when one dies; waiting long for a block of images is no reason to.
+    # Waiting long for a block of images is no failure; when a process dies, torchrun ends all.
     dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=timedelta(days=1))
     warnings.filterwarnings("ignore", "Grad strides")  # of 1x1 convolutions: costs nothing that matters
     if RANK > 0:
@@ -280,9 +265,8 @@ def gather(value) -> list:
 class Stages:
     """What the stages of a run have reached, in one file: the same command continues after the last `save`.
 
-    keys: for each stage, what it depends on. One that was begun with another key raises InputError; with
-    restart, it is forgotten. Seconds and forward passes add up over interruptions, less what those undid.
-    """
+    keys: for each stage, what it depends on. One that was begun with another key raises ValueError; with
+    restart, it is forgotten. Seconds and forward passes add up over interruptions, less what those undid."""
 
     def __init__(self, path: Path, keys: dict[str, dict], restart: bool = False):
         self.path, self.keys, self.passes = path, keys, 0
@@ -292,7 +276,7 @@ class Stages:
             differ = [f"{flag(option)} {old.get(option)} there, {value} here"
                       for option, value in key.items() if old.get(option) != value]
             if differ and not restart:
-                raise InputError(f"{path.parent} holds another run, from '{name}' on: {'; '.join(differ[:4])}"
+                raise ValueError(f"{path.parent} holds another run, from '{name}' on: {'; '.join(differ[:4])}"
                                  f"; give another --out, or --restart to do that anew")
             if differ:
                 del self.records[name]
@@ -314,23 +298,17 @@ class Stages:
         if name not in self.records or self.records[name]["finished"]:
             self.records[name] = {"key": self.keys[name], "seconds": 0.0, "forward_passes": 0, "state": None}
         self.record, self.since, self.passes = self.records[name], time.monotonic(), 0
+        self.state = self.record["state"]
         print(f"{name} ..." if self.state is None else f"{name}, continued ...", flush=True)
         return True
 
-    @property
-    def state(self):
-        return self.record["state"]
-
     def save(self, state, finished: bool = False) -> None:
-        """Keep the state of the stage at work; every process calls it, and waits for the others."""
+        """Keep the state of the stage at work, or that it is finished. Every process calls it, and waits."""
         now, passes = time.monotonic(), sum(gather(self.passes))
         self.record.update(seconds=self.record["seconds"] + now - self.since, state=state, finished=finished,
                            forward_passes=self.record["forward_passes"] + passes)
         self.since, self.passes = now, 0
         write_whole(self.path, self.records)
-
-    def ends(self) -> None:
-        self.save(None, finished=True)
 
     def times(self) -> dict[str, dict]:
         return {name: {"seconds": round(record["seconds"], 2), "forward_passes": record["forward_passes"]}
@@ -356,15 +334,15 @@ class ImageSet:
         return digest(json.dumps([self.classes, self.labels, self.size]).encode(), some.numpy().tobytes())
 
     def batches(self, batches: Iterator) -> Iterator[Tensor]:
-        """uint8 images for each indices of many; worker processes decode files ahead. Raises InputError."""
+        """uint8 images for each indices of many; worker processes decode files ahead. Raises ValueError."""
         if self.pixels is not None:
             yield from map(self.read, batches)
             return
-        # Workers are sent the paths that they read. A generator of its own: theirs must not move training's.
-        paths = ([self.paths[i] for i in indices] for indices in batches)
-        for images in DataLoader(Decoder(self.size), None, sampler=paths, num_workers=self.workers,
-                                 generator=torch.Generator()):
-            if isinstance(images, InputError):
+        paths = [[self.paths[i] for i in indices] for indices in batches]
+        # A generator of its own: starting workers must not move the one that training draws from.
+        for images in DataLoader(paths, None, collate_fn=functools.partial(read_images, size=self.size),
+                                 num_workers=self.workers, generator=torch.Generator()):
+            if isinstance(images, ValueError):
                 raise images
             yield images
 
@@ -379,46 +357,38 @@ class ImageSet:
         return self.read(indices).to(device).float().div_(255)
 
 
-@dataclass
-class Decoder:
-    """What worker processes run: the images of a list of paths, or the error, for the process that asked."""
-    size: int
-
-    def __getitem__(self, paths: list[str]):
-        try:
-            return torch.stack([read_image(path, self.size) for path in paths])
-        except InputError as error:
-            return error
-
-
 def read_image(path: str, size: int) -> Tensor:
-    """An RGB image as uint8 (3, size, size): shorter side resized, centre cropped. Raises InputError."""
+    """An RGB image as uint8 (3, size, size): shorter side resized, centre cropped. Raises ValueError."""
     try:
         image = TF.pil_to_tensor(torchvision.datasets.folder.default_loader(path))
     except Exception as error:  # decoders raise many kinds for broken files
         reason = str(error)[:60]
-        raise InputError(f"{path}: cannot be read as an image ({reason}); repair or remove it") from None
+        raise ValueError(f"{path}: cannot be read as an image ({reason}); repair or remove it") from None
     if image.shape[1:] != (size, size):
         image = TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])
     return image
 
 
+def read_images(paths: list[str], size: int):
+    """In a worker process: uint8 (len(paths), 3, size, size), or the error, for the process that asked."""
+    try:
+        return torch.stack([read_image(path, size) for path in paths])
+    except ValueError as error:
+        return error
+
+
 def load_folder(root: Path, config: Config) -> ImageSet:
     """An image tree `root/<class>/*`: classes by sorted folder name, files by sorted name."""
-    def known(path: str) -> bool:
-        name = os.path.basename(path).lower()
-        return name.endswith(torchvision.datasets.folder.IMG_EXTENSIONS) and name[0] != "."
-
     try:
-        found = torchvision.datasets.ImageFolder(root, is_valid_file=known)
+        found = torchvision.datasets.ImageFolder(root)
     except FileNotFoundError as error:
-        raise InputError(f"{str(error).rstrip('. ')}; expected {root}/<class>/*.jpg or .png") from None
+        raise ValueError(f"{str(error).split('. S')[0]}; expected {root}/<class>/*.jpg or .png") from None
     paths, labels = map(list, zip(*found.samples))
     return ImageSet(labels, found.classes, config.image_size, paths=paths, workers=config.workers)
 
 
 def load_split(config: Config, train: bool) -> ImageSet:
-    """The training or the test set. Raises InputError where it is missing or too small for the options."""
+    """The training or the test set. Raises ValueError where it is missing or too small for the options."""
     root = Path(config.data)
     name = "train" if train else "test" if (root / "test").is_dir() else "val"
     if config.dataset == "shapes":
@@ -428,24 +398,23 @@ def load_split(config: Config, train: bool) -> ImageSet:
     elif config.dataset == "cifar10":
         images = load_cifar10(config, train)
     else:
-        raise InputError(f"--data {root}: expected an image tree, {root}/train/<class>/* and "
-                         f"{root}/test/<class>/* (or val/)")
+        raise ValueError(f"--data {root}: expected an image tree, {root}/train/<class>/*, and test/ or val/")
     if len(images.classes) < 2:
-        raise InputError(f"--data {root}: at least two classes are needed, there is one folder")
+        raise ValueError(f"--data {root}: at least two classes are needed, there is one folder")
     if not train and config.images > len(images):
-        raise InputError(f"--images {config.images}: the test set has only {len(images)} images")
+        raise ValueError(f"--images {config.images}: the test set has only {len(images)} images")
     if train and config.search_images + config.batch_size > len(images):
-        raise InputError(f"--search-images {config.search_images} leaves less than one --batch-size of "
+        raise ValueError(f"--search-images {config.search_images} leaves less than one --batch-size of "
                          f"{config.batch_size}: there are {len(images)} training images")
     return images
 
 
 def load_images(config: Config) -> tuple[ImageSet, ImageSet]:
-    """The training and the test set, of the same classes. Raises InputError as load_split does."""
+    """The training and the test set, of the same classes. Raises ValueError as load_split does."""
     test_images, train_images = load_split(config, False), load_split(config, True)
     if train_images.classes != test_images.classes:
-        differ = sorted(set(train_images.classes) ^ set(test_images.classes))
-        raise InputError(f"--data {config.data}: the class {differ[0]!r} is only in training or only in test")
+        differ = sorted(set(train_images.classes) ^ set(test_images.classes))[0]
+        raise ValueError(f"--data {config.data}: the class {differ!r} is only in training or only in test")
     return train_images, test_images
 
 
@@ -456,8 +425,8 @@ def load_cifar10(config: Config, train: bool) -> ImageSet:
         data = torchvision.datasets.CIFAR10(root, train=train, download=not present)
     except Exception:  # network and file errors of many kinds, one remedy
         source = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-        raise InputError(f"no CIFAR-10 in --data {root}, and it could not be downloaded; unpack {source} "
-                         f"there, or put an image tree there (train/<class>/*, test/<class>/*)") from None
+        raise ValueError(f"no CIFAR-10 in --data {root}, nor could it be downloaded; unpack {source} there, "
+                         f"or put an image tree there (train/<class>/*, test/<class>/*)") from None
     labels, order = torch.tensor(data.targets).sort(stable=True)
     pixels = torch.from_numpy(data.data)[order].permute(0, 3, 1, 2).contiguous()
     pixels = pixels if config.image_size == 32 else TF.resize(pixels, [config.image_size] * 2)
@@ -486,10 +455,8 @@ def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
-    axis = torch.linspace(-1, 1, size)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    labels = [i * len(SHAPES) // count for i in range(count)]
-    pixels = []
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
+    labels, pixels = [i * len(SHAPES) // count for i in range(count)], []
     for label, inside in enumerate(SHAPES.values()):
         k = labels.count(label)
         half, tilt = uniform(0.4, 0.75, k, 1, 1), uniform(-0.3, 0.3, k, 1, 1)
@@ -509,14 +476,11 @@ def evenly_spaced(count: int, total: int) -> list[int]:
     return [i * total // count for i in range(count)]
 
 
-def augment(images: Tensor, uniform: Optional[Tensor] = None) -> Tensor:
-    """Shift each image (B, C, H, W) by up to an eighth of its side, zero padded, and flip it, or not.
-
-    uniform: three numbers in [0, 1) an image, (3, B), which choose; by default drawn here.
-    """
+def augment(images: Tensor, uniform: Tensor) -> Tensor:
+    """Shift each image (B, C, H, W) by up to an eighth of its side, zero padded, and flip it or not, as three
+    uniform numbers in [0, 1) say, (3, B)."""
     count, _, height, width = images.shape
     pad = max(1, height // 8)
-    uniform = torch.rand(3, count) if uniform is None else uniform
     top, left = (uniform[:2, :, None] * (2 * pad + 1)).long()
     rows, columns = top + torch.arange(height), left + torch.arange(width)
     columns = torch.where(uniform[2, :, None] < 0.5, columns.flip(1), columns)
@@ -533,8 +497,7 @@ def train(classifier: nn.Module, images: ImageSet, indices: list[int], config: C
     decay spares steps, biases and BatchNorm. Randomness is seeded anew every epoch: equal arguments train
     equal networks, and with stages an interrupted call continues from its last epoch. Under torchrun each
     process takes its share of every batch; the gradient is the whole batch's, but for BatchNorm, which sees
-    the share. GPUs compute in bfloat16 where torch.autocast lets them.
-    """
+    the share. GPUs compute in bfloat16 where torch.autocast lets them."""
     seed = int.from_bytes(hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()[:4], "little")
     groups = [{"params": [p for p in classifier.parameters() if p.ndim > 1], "weight_decay": weight_decay},
               {"params": [p for p in classifier.parameters() if p.ndim <= 1]}]
@@ -569,7 +532,7 @@ def train(classifier: nn.Module, images: ImageSet, indices: list[int], config: C
             models.keep_steps_positive(classifier)
         if stages is not None:
             if not torch.isfinite(losses).all():
-                raise InputError(f"{purpose}: the loss is not finite at step {step + 1}; try another --seed")
+                raise ValueError(f"{purpose}: the loss is not finite at step {step + 1}; try another --seed")
             stages.save({"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
                          "step": step + 1})
     for tensor in classifier.buffers() if WORLD > 1 else ():
@@ -583,8 +546,7 @@ class BitWidthEnvironment:
     """An episode walks the layers; each takes two actions, one for its weights, one for its input (HAQ, 3.2).
 
     A state (10,) holds, in [0, 1]: index, c_in, c_out, kernel, stride, input map size, number of weights,
-    depthwise flag, weight-or-input flag, previous action. First and last layer keep 8 bits, unvisited.
-    """
+    depthwise flag, weight-or-input flag, previous action. First and last layer keep 8 bits, unvisited."""
 
     def __init__(self, table: list[Layer], budget: float, size_budget: Optional[float] = None):
         models.enforce_budget(table, models.uniform_policy(table, models.MIN_BITS), budget, size_budget)
@@ -621,14 +583,12 @@ def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float]
     """Algorithm 1 after the base certificate: the agent's episodes, one line each in `log` (search.jsonl).
 
     evaluate(policy) is the ACR of g^P on the search images. Under torchrun every process runs the same agent;
-    the policy is rank 0's.
-    """
+    the policy is rank 0's."""
     warmup = min(20, max(1, episodes // 3))
     agent = DDPG(environment.state_size, seed, DDPGConfig(episodes=episodes, warmup_episodes=warmup))
-    records = []
-    if stages.state is not None:
+    records = stages.state["records"] if stages.state else []
+    if records:
         agent.load_state_dict(stages.state["agent"])
-        records = stages.state["records"]
     write_whole(log, "".join(json.dumps(record) + "\n" for record in records).encode())
     start, first = time.monotonic(), len(records)
     for episode in range(first, episodes):
@@ -656,15 +616,11 @@ def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float]
 
 def build_base(config: Config, num_classes: int, path: Optional[Path]) -> Classifier:
     """The float base classifier: --checkpoint, one trained earlier at `path`, or a new one to be trained."""
-    mean, std = config.mean, config.std
+    of = config.arch, num_classes, config.mean, config.std
     if config.checkpoint is not None:
-        return prepare(models.load_base_checkpoint(config.checkpoint, config.arch, num_classes, mean, std),
-                       config)
-    small = config.image_size <= 64
-    mean = mean or (models.CIFAR10_MEAN if small else models.IMAGENET_MEAN)
-    std = std or (models.CIFAR10_STD if small else models.IMAGENET_STD)
+        return prepare(models.load_base_checkpoint(config.checkpoint, *of), config)
     torch.manual_seed(config.seed)
-    base = models.build_classifier(config.arch, num_classes, mean, std)
+    base = models.build_classifier(*of)
     if path.exists():
         base.load_state_dict(read_state(path))
     elif config.pretrained and RANK == 0:  # training hands rank 0's weights to all
@@ -686,8 +642,7 @@ def integers(classifier: Classifier, config: Config) -> nn.Module:
 def in_blocks(total: int, done: int, block: int, work: Callable[[slice], object]) -> Iterator[list]:
     """work(part) on blocks of images, one a process at a time. Yields each round's results, in order, to all.
 
-    Blocks, and with them batches, depend neither on the number of processes nor on interruptions.
-    """
+    Blocks, and with them batches, depend neither on the number of processes nor on interruptions."""
     block = max(1, block)
     for first in progress("certifying", "images", done, total, block * WORLD):
         start = first + RANK * block
@@ -712,7 +667,7 @@ def certify_search_images(classifier: Classifier, images: Tensor, labels: list[i
             done += results
             stages.save(done)
         write_whole(path, done)
-        stages.ends()
+        stages.save(None, finished=True)
     done = read_state(path)
     rows = [certify.Certificate(**row) for rows, _ in done for row in rows]
     predictions = torch.cat([predictions for _, predictions in done])
@@ -756,16 +711,16 @@ def certify_images(stage: str, classifier: Classifier, images: ImageSet, config:
     arithmetic = getattr(classifier, "path", "float")
     done, begun = stages.state or (0, arithmetic)
     if begun != arithmetic:
-        raise InputError(f"{path} was begun in {begun} arithmetic, here it is {arithmetic}; give a new --out")
+        raise ValueError(f"{path} was begun in {begun} arithmetic, here it is {arithmetic}; give a new --out")
     rows, text = certify.read_certificates(path)[:done] if done else [], io.StringIO()
     certify.write_certificates(text, rows)
     write_whole(path, text.getvalue().encode())  # without rows of an unfinished block
 
     def work(part: slice):
         labels = [images.labels[i] for i in indices[part]]
-        return certify.certify(classifier, images.batch(indices[part], config.device), labels, indices[part],
-                               len(images.classes), config.sigma, config.n0, config.n, config.alpha, key,
-                               config.eval_batch)
+        x, sizes = images.batch(indices[part], config.device), (config.n0, config.n)
+        return certify.certify(classifier, x, labels, indices[part], len(images.classes), config.sigma,
+                               *sizes, config.alpha, key, config.eval_batch)
 
     for results in in_blocks(len(indices), len(rows), 4 * config.eval_batch // config.n, work):
         rows += sum(results, [])
@@ -773,7 +728,7 @@ def certify_images(stage: str, classifier: Classifier, images: ImageSet, config:
             with path.open("a") as file:
                 certify.write_certificates(file, sum(results, []))
         stages.save((len(rows), arithmetic))
-    stages.ends()
+    stages.save(None, finished=True)
     return rows
 
 
@@ -785,11 +740,13 @@ def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], con
     quantized, x = integers(simulated, config), images.batch(ids[:1], config.device)
 
     def seconds(count: int, work: Callable, *arguments) -> float:
-        """An image's time in a call that takes `count` of them; a first call pays for warming up."""
+        """An image's time in a call that takes `count` of them; a short first call pays for warming up."""
         for _ in range(2):
             start = time.monotonic()
             work(*arguments)
             x.cpu()  # waits for the device
+            if time.monotonic() - start > 1:
+                break
         return (time.monotonic() - start) / count
 
     count, batch = 3 * config.eval_batch, max(WORLD, min(config.batch_size, config.eval_batch))
@@ -810,24 +767,24 @@ def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], con
         print(f"  {name:<34}{duration(needed):>8}", flush=True)
 
 
-def stage_keys(config: Config, stages: dict[str, tuple], train_images: Optional[ImageSet],
+def stage_keys(config: Config, stages: dict[str, tuple], train_images: ImageSet,
                test_images: ImageSet) -> dict[str, dict]:
     """For each stage the options that its outcome depends on; files and images by their contents."""
     values = dataclasses.asdict(config)
     for name in ("checkpoint", "evaluate"):
         if values[name] is not None:
             values[name] = f"file {digest(Path(values[name]).read_bytes())}"
-    values["data"] = f"images {train_images.fingerprint()}" if train_images else None
+    values["data"] = f"images {train_images.fingerprint()}"
     values["test_data"] = f"images {test_images.fingerprint()}"
     return {stage: {name: values[name] for name in names} for stage, names in stages.items()}
 
 
 def open_run(config: Config, keys: dict[str, dict]) -> Stages:
-    """The run folder, new or one to be continued. Raises InputError, before anything is written."""
+    """The run folder, new or one to be continued. Raises ValueError, before anything is written."""
     out = Path(config.out)
     if out.exists() and not (out / "config.json").exists():
         if not out.is_dir() or any(entry.suffix != ".part" for entry in out.iterdir()):
-            raise InputError(f"--out {out} is not empty and holds no run of this program; give another --out")
+            raise ValueError(f"--out {out} is not empty and holds no run of this program; give another --out")
     stages = Stages(out / "state.pt", keys, config.restart)
     gather(None)  # every process has seen the folder as it was
     out.mkdir(parents=True, exist_ok=True)
@@ -837,7 +794,7 @@ def open_run(config: Config, keys: dict[str, dict]) -> Stages:
     return stages
 
 
-def run(config: Config) -> dict:
+def run(config: Config) -> None:
     """The whole method: base, its certificate, search, fine-tuning, the final certificates, results."""
     train_images, test_images = load_images(config)
     num_classes = len(train_images.classes)
@@ -845,8 +802,7 @@ def run(config: Config) -> dict:
     train_ids = sorted(set(range(len(train_images))) - set(search_ids))
     epoch = len(train_ids) // config.batch_size
     keys = stage_keys(config, STAGES, train_images, test_images)
-    # A base is kept for every run whose base options are equal.
-    key = digest(json.dumps(keys["train the base"]).encode())
+    key = digest(json.dumps(keys["train the base"]).encode())  # a base serves all runs of equal base options
     path = Path("runs/bases") / f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-{key}.pt"
     trained = config.checkpoint is not None or path.exists()
     base = build_base(config, num_classes, path)
@@ -865,7 +821,7 @@ def run(config: Config) -> dict:
         train(base, train_images, train_ids, config, steps, lr, BASE_DECAY, "base", stages)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, base.state_dict())
-        stages.ends()
+        stages.save(None, finished=True)
 
     # Algorithm 1: certify f on the search images, then search.
     classifier = copy.deepcopy(base)  # with the hook that counts passes
@@ -878,13 +834,13 @@ def run(config: Config) -> dict:
     base_acr = certify.average_certified_radius(cache.certificates)
     print(f"  ACR of the base on the search images: {down(base_acr)}")
     if base_acr == 0:
-        raise InputError("the base certifies none of the search images; give one trained with noise "
+        raise ValueError("the base certifies none of the search images; give one trained with noise "
                          "(--checkpoint), more --epochs or a lower --sigma")
     evaluate = PolicyEvaluator(classifier, cache, search_images, train_images, train_ids, config)
     log, file = out / "search.jsonl", out / "model.arq"
     if stages.begins("search", log):
         search(environment, evaluate, base_acr, config.episodes, config.seed, log, stages)
-        stages.ends()
+        stages.save(None, finished=True)
     records = [json.loads(line) for line in log.read_text().splitlines()]
     best = max(records, key=lambda record: record["acr"])
     policy = best["policy"]
@@ -897,7 +853,7 @@ def run(config: Config) -> dict:
         description = {name: getattr(config, name) for name in SAVED_OPTIONS}
         description["classes"] = train_images.classes
         write_whole(file, models.pack_model(classifier, table, description))
-        stages.ends()
+        stages.save(None, finished=True)
 
     # Test images are first seen here. What is certified is what was saved.
     base_rows = certify_images("certify the base, test images", base, test_images, config,
@@ -907,13 +863,11 @@ def run(config: Config) -> dict:
     rows = certify_images("certify ARQ, test images", classifier, test_images, config,
                           out / "certificates.tsv", "certificate", stages)
     results = summarize(rows, classifier, table, policy, config, best["acr"], file)
-    wide = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
-    base_file = Path(config.checkpoint or path)
-    results["base"] = summarize(base_rows, base, table, wide, config, base_acr, base_file)
+    wide, path = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS), config.checkpoint or path
+    results["base"] = summarize(base_rows, base, table, wide, config, base_acr, Path(path))
     results["acr_difference"] = dict(zip(("mean", "standard_error"), certify.acr_difference(rows, base_rows)))
     write_whole(out / "results.json", {**results, "stages": stages.times()})
     print_report(results, policy, config, out)
-    return results
 
 
 def calibrate(classifier: Classifier, images: Tensor, config: Config) -> None:
@@ -924,7 +878,7 @@ def calibrate(classifier: Classifier, images: Tensor, config: Config) -> None:
     models.calibrate(classifier, (images + config.sigma * noise).split(config.eval_batch))
 
 
-def evaluate_saved(config: Config) -> dict:
+def evaluate_saved(config: Config) -> None:
     """--evaluate: certify a saved network, quantized (model.arq) or a float checkpoint, on test images."""
     test_images, out = load_split(config, False), Path(config.out)
     classes = test_images.classes
@@ -932,13 +886,13 @@ def evaluate_saved(config: Config) -> dict:
         classifier, table, saved = models.load_model(config.evaluate)
         policy = saved["policy"]
         if saved["classes"] != classes:
-            raise InputError(f"--evaluate {config.evaluate} is for classes {saved['classes'][:3]} ..., these "
+            raise ValueError(f"--evaluate {config.evaluate} is for classes {saved['classes'][:3]} ..., these "
                              f"images have {classes[:3]} ...; give its --data")
     else:
         classifier = build_base(dataclasses.replace(config, checkpoint=config.evaluate), len(classes), None)
         table = models.quantize_model(classifier, config.image_size)
         policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
-    stages = open_run(config, stage_keys(config, EVALUATION, None, test_images))
+    stages = open_run(config, stage_keys(config, EVALUATION, test_images, test_images))
     classifier = integers(classifier, config)
     stages.watch(classifier)
     rows = certify_images("certify", classifier, test_images, config, out / "certificates.tsv", "certificate",
@@ -946,7 +900,6 @@ def evaluate_saved(config: Config) -> dict:
     results = summarize(rows, classifier, table, policy, config, None, Path(config.evaluate))
     write_whole(out / "results.json", {**results, "stages": stages.times()})
     print_report(results, policy, config, out)
-    return results
 
 
 def summarize(rows, classifier: nn.Module, table: list[Layer], policy: Policy, config: Config,
@@ -959,10 +912,9 @@ def summarize(rows, classifier: nn.Module, table: list[Layer], policy: Policy, c
             "abstained": sum(row.predict == certify.ABSTAIN for row in rows) / len(rows),
             "two_sided": {"acr": certify.average_certified_radius(both_sides),
                           "accuracy": certify.certified_accuracy(both_sides, 0)},
-            "bitops_ratio": models.bitops_ratio(table, policy),
-            "size_bytes": models.size_bytes(table, policy),
-            "file_bytes": file.stat().st_size, "network": digest(file.read_bytes()), "images": len(rows),
-            "path": getattr(classifier, "path", "float"), "search_acr": search_acr,
+            "bitops_ratio": models.bitops_ratio(table, policy), "images": len(rows), "search_acr": search_acr,
+            "size_bytes": models.size_bytes(table, policy), "file_bytes": file.stat().st_size,
+            "network": digest(file.read_bytes()), "path": getattr(classifier, "path", "float"),
             "sigma": config.sigma, "n0": config.n0, "n": config.n, "alpha": config.alpha,
             "expected_false_certificates": config.alpha * len(rows),
             "device": config.device, "torch": torch.__version__, "threads": torch.get_num_threads()}
@@ -976,13 +928,12 @@ def down(value: Optional[float]) -> str:
 def print_report(results: dict, policy: Policy, config: Config, out: Path) -> None:
     """Float base and ARQ side by side, and the policy, one line a layer."""
     columns = {"float base": results["base"], "ARQ": results} if "base" in results else {"network": results}
-    print(f"\n{config.dataset}, {config.arch}, sigma {config.sigma:g}: {results['images']} test images, "
-          f"n0 = {config.n0}, n = {config.n}; radii one-sided unless named otherwise; alpha = "
-          f"{config.alpha:g} an image, so {results['expected_false_certificates']:g} false certificates are "
-          f"expected at most\n")
+    print(f"\n{config.dataset}, {config.arch}, sigma {config.sigma:g}: {results['images']} test images, n0 = "
+          f"{config.n0}, n = {config.n}; radii one-sided unless named; alpha = {config.alpha:g} an image, so "
+          f"{results['expected_false_certificates']:g} false certificates are expected at most\n")
     rows = {"accuracy (certified, radius 0)": lambda r: down(r["accuracy"]),
-            **{f"certified accuracy at {key}": lambda r, key=str(key): down(r["certified_accuracy"][key])
-               for key in RADII},
+            **{f"certified accuracy at {radius}": lambda r, radius=str(radius): down(
+                r["certified_accuracy"][radius]) for radius in RADII},
             "average certified radius (ACR)": lambda r: down(r["acr"]),
             "  standard error over images": lambda r: f"{r['acr_standard_error']:.4f}",
             "ACR of two-sided radii": lambda r: down(r["two_sided"]["acr"]),
@@ -1021,8 +972,7 @@ def main(argv=None) -> int:
     except ValueError as error:  # ours, and the modules' own refusals of files and policies
         message = f"error: {error}"
     except OSError as error:  # no permission, no space: whatever was finished is on disk
-        message = (f"error: {error.filename or out}: {error.strerror or error}; once this is repaired, the "
-                   f"same command continues the run")
+        message = f"error: {error.filename or out}: {error.strerror}; then the same command continues the run"
     except RuntimeError as error:  # what comes from outside; other kinds are faults of this program
         if not any(text in str(error) for text in ("DataLoader worker", "by peer", "NCCL", "out of memory")):
             raise

@@ -1,8 +1,7 @@
 """Randomized smoothing: certify any classifier `images -> logits`, from scratch or incrementally.
 
-This file stands alone (torch and scipy): copy it into your own project. Images are float tensors in [0, 1]
-of shape (channels, height, width); noise has standard deviation sigma in those units and is added there,
-before any normalisation.
+This file stands alone (torch and scipy): copy it. Images are float tensors in [0, 1], (channels, height,
+width); noise has standard deviation sigma in those units and is added there, before any normalisation.
 
     paper     here          meaning
     f, f^P    classifier    base classifier, changed classifier: images (B, C, H, W) -> logits (B, classes)
@@ -15,8 +14,7 @@ before any normalisation.
     p_B       p_upper       upper confidence bound of the probability of every other class; 1 - p_A one-sided
     R         radius        certified l2 radius: g is constant on the ball of this radius around x
 
-Sources: Cohen, Rosenfeld and Kolter, ICML 2019 (CERTIFY, PREDICT); Ugare et al., ICLR 2024 (IRS).
-"""
+Sources: Cohen, Rosenfeld and Kolter, ICML 2019 (CERTIFY, PREDICT); Ugare et al., ICLR 2024 (IRS)."""
 
 import hashlib
 import math
@@ -31,7 +29,6 @@ from typing import Callable, Iterator, NamedTuple, Optional, Sequence, TextIO
 import torch
 from scipy.stats import beta, binomtest, norm
 from torch import Tensor
-from torch.nn import functional as F
 
 ABSTAIN = -1
 CHUNK = 100  # noise is drawn this many samples at a time: a sample's noise must not depend on the batch size
@@ -41,11 +38,9 @@ Classifier = Callable[[Tensor], Tensor]
 # ---- bounds and radii ----
 
 def lower_confidence_bound(k, n, alpha):
-    """One-sided Clopper-Pearson lower bound on a probability, from k successes in n independent trials.
-
+    """One-sided Clopper-Pearson lower bound on a probability, from k successes in n independent trials:
     P[bound <= truth] >= 1 - alpha. Numbers give a float, arrays (or broadcast) a float64 tensor. Raises
-    ValueError unless 0 <= k <= n, n >= 1 and 0 < alpha < 1.
-    """
+    ValueError unless 0 <= k <= n, n >= 1 and 0 < alpha < 1."""
     k, n, alpha = _as_array(k), _as_array(n), _as_array(alpha)
     if not ((alpha > 0) & (alpha < 1)).all():
         raise ValueError(f"alpha must lie strictly between 0 and 1, not {alpha}")
@@ -62,11 +57,9 @@ def upper_confidence_bound(k, n, alpha):
 
 def certified_radius(p_a, sigma: float, p_b=None):
     """Certified l2 radius sigma/2 (Phi^-1(p_A) - Phi^-1(p_B)) (ARQ, Theorem 2.1), in pixels of [0, 1] images.
-
     p_a bounds the predicted class's probability from below, p_b every other's from above; without p_b,
     1 - p_a takes its place (the one-sided radius, sigma Phi^-1(p_A), of published tables). Numbers or arrays;
-    0 where nothing is certified. Raises ValueError unless sigma > 0 and 0 <= p_a, p_b <= 1.
-    """
+    0 where nothing is certified. Raises ValueError unless sigma > 0 and 0 <= p_a, p_b <= 1."""
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, not {sigma}")
     p_a = _as_array(p_a)
@@ -115,12 +108,10 @@ def draw_noise(key: NoiseKey, image_id: int, chunk: int, shape: Sequence[int], d
 
 @torch.inference_mode()
 def noisy_predictions(classifier: Classifier, images: Tensor, ids: Sequence[int], sizes: Sequence[int],
-                      sigma: float, key: NoiseKey, batch_size: int,
-                      first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+                      sigma: float, key: NoiseKey, batch_size: int, first: int = 0) -> Iterator[tuple]:
     """Classify noisy copies first .. first + sizes[i] - 1 of images[i] (B, C, H, W), in order, in full
     batches. Yields (rows, classes) of equal length, on the CPU: row i was given class c once."""
-    batch, rows, filled = [], [], 0
-    total, done = int(sum(sizes)), 0
+    batch, rows, left = [], [], int(sum(sizes))
     for row, (image, image_id, size) in enumerate(zip(images, ids, sizes)):
         last = first + int(size)
         for chunk in range(first // CHUNK, math.ceil(last / CHUNK)):
@@ -128,15 +119,13 @@ def noisy_predictions(classifier: Classifier, images: Tensor, ids: Sequence[int]
             noise = draw_noise(key, image_id, chunk, image.shape, image.device)
             noisy = noise[max(0, first - start):max(0, last - start)].mul_(sigma).add_(image)
             while len(noisy):
-                part = noisy[:batch_size - filled]
-                noisy = noisy[len(part):]
+                part, noisy = noisy.tensor_split([batch_size - len(rows)])
                 batch.append(part)
                 rows += [row] * len(part)
-                filled += len(part)
-                done += len(part)
-                if filled == batch_size or done == total:
+                left -= len(part)
+                if len(rows) == batch_size or left == 0:
                     yield torch.tensor(rows), _classify(classifier, torch.cat(batch))
-                    batch, rows, filled = [], [], 0
+                    batch, rows = [], []
 
 
 def _classify(classifier: Classifier, batch: Tensor) -> Tensor:
@@ -144,9 +133,9 @@ def _classify(classifier: Classifier, batch: Tensor) -> Tensor:
     try:
         return classifier(batch).argmax(1).cpu()
     except RuntimeError as error:  # of GPUs, of CPUs
-        if len(batch) == 1 or not any(text in str(error) for text in ("out of memory", "can't allocate memory")):
+        if len(batch) == 1 or not any(text in str(error) for text in ("out of memory", "allocate memory")):
             raise
-    warnings.warn(f"out of memory with {len(batch)} samples at a time, halved; a smaller batch size is faster")
+    warnings.warn(f"out of memory with {len(batch)} samples at a time, halved; smaller batches are faster")
     return torch.cat([_classify(classifier, half) for half in batch.chunk(2)])
 
 
@@ -164,10 +153,8 @@ def class_counts(classifier: Classifier, images: Tensor, ids: Sequence[int], n: 
 @dataclass
 class Certificate:
     """One certified image. predict is ABSTAIN (-1) with radius 0 where the bound does not exceed 1/2.
-
-    The first six fields are the columns that existing tools read. The rest is what the radius was computed
-    from: votes for the selected class and the most counted other one, sample sizes, sigma and alpha.
-    """
+    Existing tools read the first six fields; the rest is what the radius was computed from: votes for the
+    selected class and the most counted other one, sample sizes, sigma and alpha."""
     idx: int
     label: int
     predict: int
@@ -191,8 +178,7 @@ def certify(classifier: Classifier, images: Tensor, labels: Sequence[int], ids: 
     For each image, with probability at least 1 - alpha over the noise: unless the certificate abstains, the
     smoothed classifier predicts `predict` everywhere closer than `radius` in l2. Image by image: about
     alpha * B certificates may be wrong. As in all common code, the guarantee is one of real, not of
-    floating-point arithmetic (Voracek and Hein, 2023). `ids` name the images.
-    """
+    floating-point arithmetic (Voracek and Hein, 2023). `ids` name the images."""
     start = time.monotonic()
     counts0 = class_counts(classifier, images, ids, n0, num_classes, sigma, key.derive("select"), batch_size)
     selected = counts0.argmax(1)                                      # c_A, on samples the bound does not use
@@ -212,22 +198,18 @@ def _certificates(ids, labels, selected, counts, n0, sigma, alpha, start) -> lis
     n_b = counts.scatter(1, selected[:, None], 0).amax(1)
     p_lower = lower_confidence_bound(n_a, n.clamp(min=1), alpha)
     radius = certified_radius(p_lower, sigma)
+    top = torch.where(p_lower > 0.5, selected, ABSTAIN)
     seconds = str(timedelta(seconds=(time.monotonic() - start) / len(labels)))
-    rows = []
-    for i, label in enumerate(labels):
-        top = int(selected[i]) if p_lower[i] > 0.5 else ABSTAIN
-        rows.append(Certificate(int(ids[i]), int(label), top, float(radius[i]), int(top == label), seconds,
-                                int(selected[i]), int(n_a[i]), int(n_b[i]), int(n[i]), n0, sigma, alpha))
-    return rows
+    columns = (column.tolist() for column in (top, radius, selected, n_a, n_b, n))
+    return [Certificate(int(i), int(label), top, radius, int(top == label), seconds, *rest, n0, sigma, alpha)
+            for i, label, top, radius, *rest in zip(ids, labels, *columns)]
 
 
 def two_sided(rows: Sequence[Certificate]) -> list[Certificate]:
     """The same certificates by Theorem 2.1 in full: p_A and p_B bounded at alpha / 2 each, from n_a and n_b.
-
     The most counted other class needs no correction over classes: its bound is at least that of the true
     runner-up. Either radius is wrong with probability at most alpha; the larger, taken afterwards, with up to
-    1.5 alpha. Raises ValueError for rows without counts.
-    """
+    1.5 alpha. Raises ValueError for rows without counts."""
     if any(row.n_a is None or row.n_b is None for row in rows):
         raise ValueError("these certificates hold no counts; a two-sided radius needs n_a and n_b")
     certificates = []
@@ -254,10 +236,8 @@ def predict(classifier: Classifier, images: Tensor, ids: Sequence[int], num_clas
 
 @dataclass
 class ReplayCache:
-    """f's certificates for a set of images, and what f predicted for every sample behind them.
-
-    predictions: (B, n) uint8 (int16 beyond 256 classes), zeros where nothing was sampled; key: the noise.
-    """
+    """f's certificates for a set of images, and what it predicted for every sample behind them: (B, n) uint8
+    (int16 beyond 256 classes), zeros where nothing was sampled; key: the noise."""
     certificates: list[Certificate]
     predictions: Tensor
     key: NoiseKey
@@ -267,47 +247,35 @@ def certify_and_cache(classifier: Classifier, images: Tensor, labels: Sequence[i
                       num_classes: int, sigma: float, n0: int, n: int, alpha: float, key: NoiseKey,
                       batch_size: int = 100) -> ReplayCache:
     """CERTIFY for the base classifier f, keeping each sample's prediction; guarantee as in `certify`.
-
-    An image whose selected class is wrong adds 0 to the ACR of f and f^P: it gets no samples and abstains.
-    """
+    An image whose selected class is wrong adds 0 to the ACR of f and f^P: no samples, it abstains."""
     start = time.monotonic()
     counts0 = class_counts(classifier, images, ids, n0, num_classes, sigma, key.derive("select"), batch_size)
     selected = counts0.argmax(1)
     sizes = n * (selected == torch.as_tensor(labels))
     key = estimate_key(key, n)
     dtype = torch.uint8 if num_classes <= 256 else torch.int16
+    found = _predictions(classifier, images, ids, sigma, batch_size, dtype, sizes, key, 0)
     predictions = torch.zeros(len(images), n, dtype=dtype)
-    predictions[:, :int(sizes.max())] = _predictions(classifier, images, ids, sigma, batch_size, dtype, sizes,
-                                                     key, 0)
-    counts = torch.zeros(len(images), num_classes, dtype=torch.int64)
-    for i in sizes.nonzero().flatten():
-        counts[i] = predictions[i].long().bincount(minlength=num_classes)
+    predictions[:, :found.shape[1]] = found
+    counts = torch.stack([row.long().bincount(minlength=num_classes) for row in predictions])
+    counts *= (sizes > 0)[:, None]
     rows = _certificates(ids, labels, selected, counts, n0, sigma, alpha, start)
     return ReplayCache(rows, predictions, key)
 
 
 def _predictions(classifier, images, ids, sigma, batch_size, dtype, sizes, key, first) -> Tensor:
     """Predicted classes (B, largest size) of noisy copies first .. first + sizes[i] - 1, then zeros."""
-    found, done = torch.empty(int(sizes.sum()), dtype=dtype), 0
     stream = noisy_predictions(classifier, images, ids, sizes.tolist(), sigma, key, batch_size, first)
-    for _, classes in stream:
-        found[done:done + len(classes)] = classes
-        done += len(classes)
+    found = [torch.empty(0, dtype=dtype), *(classes.to(dtype) for _, classes in stream)]
     predictions = torch.zeros(len(images), int(sizes.max()), dtype=dtype)
-    predictions[torch.arange(predictions.shape[1]) < sizes[:, None]] = found
+    predictions[torch.arange(predictions.shape[1]) < sizes[:, None]] = torch.cat(found)
     return predictions
 
 
-class IncrementalCertificate(NamedTuple):
-    """One image certified for f^P: by samples replayed, fresh or none, and how many; zeta, nan if unused."""
-    idx: int
-    label: int
-    predict: int
-    radius: float
-    correct: int
-    method: str
-    passes: int
-    zeta: float
+# One image certified for f^P: by samples replayed, fresh or none, and how many; zeta, nan if unused.
+IncrementalCertificate = NamedTuple("IncrementalCertificate", [
+    ("idx", int), ("label", int), ("predict", int), ("radius", float), ("correct", int),
+    ("method", str), ("passes", int), ("zeta", float)])
 
 
 def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tensor, n_p: int,
@@ -322,12 +290,10 @@ def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tens
     Where p_A < gamma, f^P is replayed on the first n_p cached samples; zeta bounds P[f != f^P], p_A - zeta
     bounds P[f^P = c_A]. p_A fails with probability alpha, zeta with alpha_zeta; by the union bound they may
     share samples. Elsewhere (with gamma = 0, everywhere) n_p fresh samples, one bound at alpha + alpha_zeta.
-    Images whose cached class is wrong cost nothing and count 0.
-
-    The branch depends on the p_A bound that it then uses, which the published argument takes for granted.
-    Below gamma a fresh branch means that this bound failed, so alpha + alpha_zeta holds; elsewhere failure is
-    at most alpha + 2 alpha_zeta. Raises ValueError for impossible alphas and n_p beyond the cached samples.
-    """
+    Images whose cached class is wrong cost nothing and count 0. The branch depends on the p_A bound that it
+    then uses, which the published argument takes for granted. Below gamma a fresh branch means that this
+    bound failed, so alpha + alpha_zeta holds; elsewhere failure is at most alpha + 2 alpha_zeta. Raises
+    ValueError for impossible alphas and n_p beyond the cached samples."""
     rows, n = cache.certificates, cache.predictions.shape[1]
     sigma, alpha = rows[0].sigma, rows[0].alpha
     if not (alpha_zeta > 0 and alpha + alpha_zeta < 1):
@@ -343,15 +309,13 @@ def certify_incremental(classifier: Classifier, cache: ReplayCache, images: Tens
     fresh = sample(n_p * (right & ~replay), cache.key.derive("fresh"), 0)
     n_delta = (replayed != cache.predictions[:, :replayed.shape[1]]).sum(1) * replay
     zeta = upper_confidence_bound(n_delta, n_p, alpha_zeta)
-    votes = (fresh == selected[:, None]).sum(1)
-    p_fresh = lower_confidence_bound(votes, n_p, alpha + alpha_zeta)
+    p_fresh = lower_confidence_bound((fresh == selected[:, None]).sum(1), n_p, alpha + alpha_zeta)
     p_lower = torch.where(replay, (p_a - zeta).clamp(min=0), p_fresh)
     radii = torch.where(right, certified_radius(p_lower, sigma), 0.0).tolist()
     methods = ["replayed" if replay[i] else "fresh" if right[i] else "none" for i in range(len(rows))]
+    columns = radii, methods, (n_p * right).tolist(), torch.where(replay, zeta, math.nan).tolist()
     return [IncrementalCertificate(row.idx, row.label, row.selected if radius > 0 else ABSTAIN, radius,
-                                   int(radius > 0), method, n_p * (method != "none"),
-                                   float(zeta[i]) if method == "replayed" else math.nan)
-            for i, (row, radius, method) in enumerate(zip(rows, radii, methods))]
+                                   int(radius > 0), *rest) for row, radius, *rest in zip(rows, *columns)]
 
 
 def _sampler(classifier: Classifier, cache: ReplayCache, images: Tensor, batch_size: int) -> Callable:
@@ -402,16 +366,13 @@ def write_certificates(file: TextIO, rows: Sequence[Certificate]) -> None:
     if file.tell() == 0:
         file.write("\t".join(COLUMNS) + "\n")
     for row in rows:
-        values = [getattr(row, name) for name in COLUMNS]
-        file.write("\t".join("" if value is None else str(value) for value in values) + "\n")
+        file.write("\t".join("" if value is None else str(value) for value in vars(row).values()) + "\n")
     file.flush()
 
 
 def read_certificates(path) -> list[Certificate]:
     """Read a TSV of certificates, ours or with only the usual columns idx label predict radius correct time.
-
-    A last line without its end is left out. Raises ValueError, naming the line, for what is no certificate.
-    """
+    A last line without its end is left out. Raises ValueError, naming the line, for anything else."""
     with open(path) as file:
         lines = file.read().split("\n")[:-1]
     names = lines[0].split("\t") if lines else []

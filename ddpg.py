@@ -8,8 +8,7 @@ This file stands alone (torch). Losses and networks follow the paper; settings a
     Q(s, a)       critic              expected return                      (batch, 1)
     mu', Q'       *_target            slowly moving copies, moved by tau per update
     b             baseline            moving average of the rewards, taken off the critic's targets
-    sigma_e       noise               exploration: standard deviation of a normal truncated to [0, 1]
-"""
+    sigma_e       noise               exploration: standard deviation of a normal truncated to [0, 1]"""
 
 import copy
 import statistics
@@ -52,8 +51,7 @@ def q_value(critic: nn.Module, state: Tensor, action: Tensor) -> Tensor:
     return critic(torch.cat([state, action], 1))
 
 
-def critic_loss(critic, critic_target, actor_target, batch, baseline: float, scale: float,
-                discount: float) -> Tensor:
+def critic_loss(critic, critic_target, actor_target, batch, baseline, scale, discount) -> Tensor:
     """Squared Bellman error, y = (r - b) / scale + discount * Q'(s', mu'(s')), the last term 0 when done."""
     state, action, reward, next_state, done = batch
     with torch.no_grad():
@@ -64,8 +62,7 @@ def critic_loss(critic, critic_target, actor_target, batch, baseline: float, sca
 
 def actor_loss(actor, critic, batch) -> Tensor:
     """The deterministic policy gradient climbs Q(s, mu(s))."""
-    state = batch[0]
-    return -q_value(critic, state, actor(state)).mean()
+    return -q_value(critic, batch[0], actor(batch[0])).mean()
 
 
 @torch.no_grad()
@@ -76,7 +73,6 @@ def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
 
 class Replay:
     """Transitions (s, a, r, s', done) of the last episodes; each row is real, done marks an episode's end."""
-
     def __init__(self, capacity: int):
         self.episodes: deque[tuple[Tensor, ...]] = deque(maxlen=capacity)
 
@@ -87,10 +83,6 @@ class Replay:
         done[-1] = 1
         self.episodes.append((states, actions, torch.full_like(done, reward), next_states, done))
 
-    def scale(self) -> float:
-        """Standard deviation of the kept episodes' rewards (1 while all are equal): the critic's unit."""
-        return statistics.pstdev(float(episode[2][0]) for episode in self.episodes) or 1.0
-
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         columns = [torch.cat(column) for column in zip(*self.episodes)]
         rows = torch.randint(len(columns[0]), (batch_size,), generator=generator)
@@ -99,6 +91,7 @@ class Replay:
 
 class DDPG:
     """The agent. Per episode: `act` on each state, then `learn` once with all states, actions and reward."""
+    _stateful = ("actor", "critic", "actor_target", "critic_target", "actor_optimizer", "critic_optimizer")
 
     def __init__(self, state_size: int, seed: int = 0, config: DDPGConfig = DDPGConfig()):
         self.config = config
@@ -111,8 +104,7 @@ class DDPG:
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_lr, fused=True)
         self.replay = Replay(config.replay_episodes)
-        self.baseline, self.scale = None, 1.0
-        self.episode = 0
+        self.baseline, self.scale, self.episode = None, 1.0, 0
 
     @property
     def noise(self) -> float:
@@ -138,17 +130,17 @@ class DDPG:
         self.replay.add(states, actions, reward)
         decay = self.config.baseline_decay
         self.baseline = reward if self.baseline is None else decay * self.baseline + (1 - decay) * reward
-        self.scale = self.replay.scale()
+        # The critic's unit: the standard deviation of the kept episodes' rewards, 1 while all are equal.
+        self.scale = statistics.pstdev(float(episode[2][0]) for episode in self.replay.episodes) or 1.0
         self.episode += 1
         if self.episode >= self.config.warmup_episodes:
             for _ in range(len(states)):
                 self.update()
 
     def update(self) -> None:
-        config = self.config
-        batch = self.replay.sample(config.batch_size, self.generator)
+        batch = self.replay.sample(self.config.batch_size, self.generator)
         loss = critic_loss(self.critic, self.critic_target, self.actor_target, batch, self.baseline,
-                           self.scale, config.discount)
+                           self.scale, self.config.discount)
         self.critic_optimizer.zero_grad()
         loss.backward()
         self.critic_optimizer.step()
@@ -156,8 +148,8 @@ class DDPG:
         self.actor_optimizer.zero_grad()
         loss.backward()
         self.actor_optimizer.step()
-        soft_update(self.actor_target, self.actor, config.tau)
-        soft_update(self.critic_target, self.critic, config.tau)
+        soft_update(self.actor_target, self.actor, self.config.tau)
+        soft_update(self.critic_target, self.critic, self.config.tau)
 
     def state_dict(self) -> dict:
         """Everything the next episode depends on, for an exact continuation."""
@@ -168,9 +160,6 @@ class DDPG:
     def load_state_dict(self, state: dict) -> None:
         for name in self._stateful:
             getattr(self, name).load_state_dict(state[name])
-        self.replay.episodes.clear()
-        self.replay.episodes.extend(state["replay"])
+        self.replay.episodes = deque(state["replay"], self.config.replay_episodes)
         self.baseline, self.episode = state["baseline"], state["episode"]
         self.generator.set_state(state["generator"])
-
-    _stateful = ("actor", "critic", "actor_target", "critic_target", "actor_optimizer", "critic_optimizer")

@@ -1,7 +1,8 @@
 """Networks, the quantizer, and what a bit-width policy costs.
 
-A policy is plain data, {layer name: [w_bits, a_bits]}, as stored in policy.json. `quantize_model` makes any
-network of convolutions and linear layers quantizable in place; `set_policy` changes all widths at any time.
+A policy is plain data, {layer name: [w_bits, a_bits]}, as in policy.json. `quantize_model` makes any network
+of convolutions and linear layers quantizable in place; `set_policy` changes all widths at any time. Training
+simulates them (QuantLayer); what is certified is `integer_network`, whose integers `pack_model` saves.
 
     paper        here           meaning                                             shape
     b_w, b_a     w_bits, a_bits widths of a layer's weights and of its input        2..8, or both 32 (float)
@@ -11,11 +12,7 @@ network of convolutions and linear layers quantizable in place; `set_policy` cha
     BitOPs(P)    bitops         sum over layers of MACs * w_bits * a_bits
     size(P)      size_bytes     sum over layers of weights * w_bits, in bytes
 
-Training simulates (QuantLayer); what is certified is `integer_network`: integers and one float32 epilogue per
-channel, acc * scale + shift. `pack_model` and `load_model` keep those integers in a file.
-
-Sources: LSQ (Esser et al., ICLR 2020) for learned steps; He et al. (2016), section 4.2, for CIFAR ResNets.
-"""
+Sources: LSQ (Esser et al., ICLR 2020), learned steps; He et al. (2016), section 4.2, CIFAR ResNets."""
 
 import copy
 import functools
@@ -24,9 +21,9 @@ import json
 import math
 import operator
 import struct
-from dataclasses import dataclass
+from collections import namedtuple
 from pathlib import Path
-from typing import Iterable, Optional
+from typing import Optional, Sequence
 
 import torch
 import torchvision
@@ -46,14 +43,12 @@ Policy = dict[str, list[int]]
 
 class PaddedShortcut(nn.Module):
     """Option A: every second pixel, and channels of zeros on both sides, instead of a 1x1 convolution."""
-
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
 
 
 class CifarResNet(nn.Module):
     """ResNet of depth 6n + 2 for small images: three stages of n blocks with 16, 32 and 64 channels."""
-
     def __init__(self, depth: int, num_classes: int, option_a: bool = False):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
@@ -63,9 +58,9 @@ class CifarResNet(nn.Module):
         for stage, c_out in ((2, 32), (3, 64)):
             shortcut = PaddedShortcut() if option_a else nn.Sequential(
                 nn.Conv2d(c_out // 2, c_out, 1, 2, bias=False), nn.BatchNorm2d(c_out))
-            first = BasicBlock(c_out // 2, c_out, 2, shortcut)
-            rest = [BasicBlock(c_out, c_out) for _ in range(blocks - 1)]
-            setattr(self, f"layer{stage}", nn.Sequential(first, *rest))
+            layer = [BasicBlock(c_out // 2, c_out, 2, shortcut)]
+            layer += [BasicBlock(c_out, c_out) for _ in range(blocks - 1)]
+            setattr(self, f"layer{stage}", nn.Sequential(*layer))
         self.fc = nn.Linear(64, num_classes)
         for conv in [module for module in self.modules() if isinstance(module, nn.Conv2d)]:
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -88,19 +83,19 @@ class Classifier(nn.Module):
         return self.net((x - self.mean) / self.std)
 
 
-def build_classifier(arch: str, num_classes: int, mean=CIFAR10_MEAN, std=CIFAR10_STD, option_a: bool = False):
-    """A float Classifier by name. CIFAR ResNets take the depth from their name; others are torchvision's."""
+def build_classifier(arch: str, num_classes: int, mean=None, std=None, option_a: bool = False) -> Classifier:
+    """A float Classifier by name: a CIFAR ResNet or one of torchvision's networks, normalised as is usual."""
     if arch in CIFAR_RESNETS:
         net = CifarResNet(CIFAR_RESNETS[arch], num_classes, option_a)
-    elif arch in TORCHVISION_NETS:
-        net = getattr(torchvision.models, arch)(weights=None, num_classes=num_classes)
-    else:
+        return Classifier(net, mean or CIFAR10_MEAN, std or CIFAR10_STD)
+    if arch not in TORCHVISION_NETS:
         raise ValueError(f"unknown network {arch!r}; there are {[*CIFAR_RESNETS, *TORCHVISION_NETS]}")
-    return Classifier(net, mean, std)
+    net = getattr(torchvision.models, arch)(weights=None, num_classes=num_classes)
+    return Classifier(net, mean or IMAGENET_MEAN, std or IMAGENET_STD)
 
 
 def load_pretrained(classifier: Classifier, arch: str) -> None:
-    """torchvision's weights, downloaded; where the classes differ, all but the last layer. Raises ValueError."""
+    """torchvision's weights, downloaded; if the classes differ, all but the last layer. Raises ValueError."""
     weights, own = torchvision.models.get_model_weights(arch).DEFAULT, classifier.net.state_dict()
     try:
         state = weights.get_state_dict(progress=False, check_hash=True)
@@ -112,18 +107,15 @@ def load_pretrained(classifier: Classifier, arch: str) -> None:
 
 
 def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None) -> Classifier:
-    """A float Classifier from a file in one of the layouts in public use.
-
+    """A float Classifier from a file in a layout in public use; mean and std override what that implies.
     Taken: a bare state dict; {"state_dict": ...} with prefixes `module.` and `1.` (behind a normalise layer)
     in any order; our own bases; CIFAR ResNets with shortcuts named `shortcut`, or none (option A), whose last
-    layer is `linear`, trained with ImageNet's normalisation. mean and std override what the layout implies.
-    Raises ValueError, naming the first difference, for other weights.
-    """
+    layer is `linear`, trained with ImageNet's normalisation. Raises ValueError for others, saying why."""
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for files that are no checkpoints
-        raise ValueError(f"{path}: not a PyTorch checkpoint of tensors and plain values "
-                         f"({str(error).splitlines()[0][:60]}); save its state_dict alone") from None
+        raise ValueError(f"{path}: not a PyTorch checkpoint of tensors and plain values; save its state_dict "
+                         f"alone ({str(error).splitlines()[0][:60]})") from None
     state = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     own = [state.pop(name).flatten().tolist() if name in state else None for name in ("mean", "std")]
@@ -132,22 +124,16 @@ def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None)
         if state and all(key.startswith((prefix, "0.")) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key[:2] != "0."}
     linear = "linear.weight" in state
-    state = {key.replace("linear.", "fc.").replace(".shortcut.", ".downsample."): value
-             for key, value in state.items()}
+    state = {k.replace("linear.", "fc.").replace(".shortcut.", ".downsample."): v for k, v in state.items()}
     option_a = arch in CIFAR_RESNETS and not any("downsample" in key for key in state)
-    cifar = arch in CIFAR_RESNETS and not (linear and option_a)
-    mean = mean or (CIFAR10_MEAN if cifar else IMAGENET_MEAN)
-    std = std or (CIFAR10_STD if cifar else IMAGENET_STD)
+    if linear and option_a:
+        mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
     classifier = build_classifier(arch, num_classes, mean, std, option_a)
-    wanted = classifier.net.state_dict()
-    counters = [key for key in wanted if key.endswith("num_batches_tracked")]  # not in old files, and unused
-    state.update({key: wanted[key] for key in counters if key not in state})
-    wrong = [key for key in {**wanted, **state}
-             if key not in state or key not in wanted or state[key].shape != wanted[key].shape]
-    if wrong:
-        raise ValueError(f"{path} does not hold a {arch} with {num_classes} classes: {len(wrong)} "
-                         f"weights differ, the first is {wrong[0]}; give the --arch it was trained with")
-    classifier.net.load_state_dict(state)
+    try:
+        classifier.net.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold a {arch} with {num_classes} classes; give the --arch it was "
+                         f"trained with ({str(error).splitlines()[1].strip()[:80]})") from None
     return classifier
 
 
@@ -170,7 +156,6 @@ class FakeQuantize(torch.autograd.Function):
     """step * round(clip(v / step)) with LSQ's gradients (Esser et al., section 2.1): for v 1 inside the clip
     range, else 0; for the step q - v/step inside and q outside, times 1 / sqrt(N Q), with N elements per step
     (of one sample for activations) and Q = q_max."""
-
     @staticmethod
     def forward(ctx, v, step, q_min, q_max, elements):
         scaled = v / step
@@ -189,34 +174,27 @@ class FakeQuantize(torch.autograd.Function):
 
 
 @torch.no_grad()
-def best_step(v: Tensor, q_min: int, q_max: int, candidates: int = 32) -> Tensor:
+def best_step(v: Tensor, q_min: int, q_max: int) -> Tensor:
     """Step with the least squared quantization error for each row of v (rows, elements): (rows,)."""
-    largest = v.abs().amax(1).clamp_min(1e-8)
-    best, best_error = largest / q_max, torch.full_like(largest, math.inf)
-    for fraction in torch.linspace(0.15, 1.0, candidates).tolist():
-        step = fraction * largest / q_max
-        error = (quantize(v, step[:, None], q_min, q_max) * step[:, None] - v).square_().sum(1)
-        better = error < best_error
-        best, best_error = torch.where(better, step, best), torch.where(better, error, best_error)
-    return best
+    largest = v.abs().amax(1, keepdim=True).clamp_min(1e-8)
+    steps = [fraction * largest / q_max for fraction in torch.linspace(0.15, 1.0, 32).tolist()]
+    errors = [(quantize(v, step, q_min, q_max) * step - v).square_().sum(1, keepdim=True) for step in steps]
+    best = torch.cat(errors, 1).argmin(1, keepdim=True)
+    return torch.cat(steps, 1).gather(1, best).squeeze(1)
 
 
 class QuantLayer(nn.Module):
     """A convolution or linear layer with its BatchNorm, quantizing its own weights and its own input.
-
     At 32 bits it is the float layer. In training it simulates: fake-quantized input and weights, BatchNorm in
     float. Frozen, it is integers and one float32 epilogue per channel, acc * scale + shift with acc =
-    conv(q_a, q_w) and steps, bias and BatchNorm folded into both; `integer_network` then chooses how it runs.
-    """
-
+    conv(q_a, q_w) and steps, bias and BatchNorm folded into both; `integer_network` chooses how it runs."""
     def __init__(self, layer: nn.Module, norm: nn.Module, in_shape: tuple):
         super().__init__()
         self.weight, self.bias, self.norm = layer.weight, layer.bias, norm
         self.in_shape = (*in_shape, 1, 1)[:3]
         self.linear = isinstance(layer, nn.Linear)
-        self.conv = dict(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1)
-        if not self.linear:
-            self.conv = {name: getattr(layer, name) for name in self.conv}
+        conv = dict(stride=(1, 1), padding=(0, 0), dilation=(1, 1), groups=1)  # what a linear layer does
+        self.conv = {name: getattr(layer, name, value) for name, value in conv.items()}
         self.w_step = nn.Parameter(torch.ones(len(layer.weight)))
         self.a_step = nn.Parameter(torch.ones(()))
         self.register_buffer("calibrated_steps", torch.ones(MAX_BITS + 1))  # activation step, by width
@@ -244,7 +222,8 @@ class QuantLayer(nn.Module):
         if self.w_bits != FLOAT_BITS:
             step = self.w_step.view(-1, *[1] * (w.ndim - 1))
             w = FakeQuantize.apply(w, step, *integer_range(self.w_bits, True, True), w[0].numel())
-            a = FakeQuantize.apply(x.float(), self.a_step, *integer_range(self.a_bits, self.signed), x[0].numel())
+            low, high = integer_range(self.a_bits, self.signed)
+            a = FakeQuantize.apply(x.float(), self.a_step, low, high, x[0].numel())
         return self.norm(F.linear(a, w, self.bias) if self.linear else F.conv2d(a, w, self.bias, **self.conv))
 
     @torch.no_grad()
@@ -270,12 +249,10 @@ class QuantLayer(nn.Module):
 
     def use_path(self, path: str, batch: int) -> bool:
         """Make a frozen layer run on one of PATHS; whether its sums are exact there, on this device.
-
         int8: oneDNN, uint8 inputs (zero point 2^(b-1) if signed). Without VNNI it adds pairs of products in
         int16, which saturates: where a pair can reach that, weights are halved and channels doubled.
         float32: integers in floats, over as many channels at a time as keep every partial sum below 2^24.
-        float64: where float32 fails the comparison below, on a device that uses Winograd's or Fourier's way.
-        """
+        float64: where float32 fails the comparison below, on a device with Winograd's or Fourier's way."""
         self.path, groups = path, self.conv["groups"]
         self.low, self.high = integer_range(self.a_bits, self.signed)
         weight = self.weight[:, :, None, None] if self.linear else self.weight
@@ -291,20 +268,17 @@ class QuantLayer(nn.Module):
                 self.doubled = int8_saturates() and pair >= 2 ** 15 and groups == 1
                 if self.doubled:
                     weight = torch.cat([weight // 2, weight - weight // 2], 1)
-                self.settings = *(list(self.conv[name]) for name in ("stride", "padding", "dilation")), groups
+                self.options = *(list(self.conv[name]) for name in ("stride", "padding", "dilation")), groups
                 self.ones, self.zeros = torch.ones(len(weight)), torch.zeros(len(weight)).long()
-                prepack = torch.ops.onednn.qconv_prepack
-                self.packed = prepack(weight, self.ones, 1.0, -self.low, *self.settings)
+                self.packed = torch.ops.onednn.qconv_prepack(weight, self.ones, 1.0, -self.low, *self.options)
             else:
                 norm = weight.double().abs().sum((2, 3)) * max(-self.low, self.high)    # c_out, channels
                 limit = 2 ** 24 if path == "float32" else 2 ** 53
                 self.part = next(size for size in range(norm.shape[1], 0, -1)
                                  if all(some.sum(1).max() < limit for some in norm.split(size, 1)))
                 self.parts = weight.to(getattr(torch, path)).split(self.part, 1)
-                if len(self.parts) > 1 and groups > 1:
-                    return False
             return torch.equal(self.sums(q).cpu(), exact)
-        except (RuntimeError, TypeError, AttributeError):  # not in this torch, or not on this device
+        except (RuntimeError, TypeError, AttributeError):  # not in this torch or device, or groups in parts
             return False
 
     def join(self, target: Optional["QuantLayer"]) -> None:
@@ -314,8 +288,8 @@ class QuantLayer(nn.Module):
         if self.rounds:
             self.epilogue = self.scale / target.a_step, self.shift / target.a_step
             self.zero = -target.low if self.path == "int8" else 0
-            self.least = max(target.low, self.least) + self.zero
-            self.most = min(target.high, float(torch.round(self.most / target.a_step))) + self.zero
+            self.least = int(max(target.low, self.least)) + self.zero  # uint8 takes no floats
+            self.most = int(min(target.high, float(torch.round(self.most / target.a_step)))) + self.zero
         done = (-math.inf, math.inf)
         if self.path == "int8":  # the kernel rounds, saturates at 0 and 255, and has a ReLU
             done = (0, 255) if self.rounds else (self.least, math.inf)
@@ -340,8 +314,7 @@ class QuantLayer(nn.Module):
 
     def sums(self, q: Tensor) -> Tensor:
         """conv(q, weight) for integers q given as floats: exact, rounded to float32 once."""
-        return (self._floats(q) if self.path != "int8" else
-                self._int8(self._to_uint8(q), self.ones, 0 * self.ones))
+        return self._int8(self._to_uint8(q), self.ones, None) if self.path == "int8" else self._floats(q)
 
     def _to_uint8(self, q: Tensor) -> Tensor:
         # By way of int8 or int16: torch converts float32 to uint8 one value at a time, five times slower.
@@ -354,11 +327,10 @@ class QuantLayer(nn.Module):
         pairs = zip(q.split(self.part, 1), self.parts)
         return sum(F.conv2d(some, part, **self.conv).to(torch.int32) for some, part in pairs).float()
 
-    def _int8(self, q: Tensor, scale: Tensor, shift: Tensor, residual: Optional[Tensor] = None,
-              relu: bool = False, rounds: bool = False) -> Tensor:
+    def _int8(self, q: Tensor, scale: Tensor, shift, residual=None, relu=False, rounds=False) -> Tensor:
         q, op = torch.cat([q, q], 1) if self.doubled else q, torch.ops.onednn.qconv2d_pointwise
         begin = q, 1.0, -self.low, self.packed, scale, self.zeros
-        middle = shift, *self.settings, 1.0, *((self.zero, torch.uint8) if rounds else (0, torch.float32))
+        middle = shift, *self.options, 1.0, *((self.zero, torch.uint8) if rounds else (0, torch.float32))
         end = "relu" if relu else "none", [], ""
         if residual is None:
             return op(*begin, *middle, *end)
@@ -378,35 +350,22 @@ def int8_saturates() -> bool:
 
 # ---- the layer table and what a policy costs ----
 
-@dataclass(frozen=True)
-class Layer:
-    """One row of the layer table, in order of execution. kernel, stride and input map size count one side."""
-    name: str
-    c_in: int
-    c_out: int
-    kernel: int
-    stride: int
-    map_size: int
-    weights: int
-    macs: int
-    depthwise: bool
+# One row of the layer table, in order of execution; kernel, stride and map_size (the input's) count one side.
+Layer = namedtuple("Layer", "name c_in c_out kernel stride map_size weights macs depthwise")
 
 
+@torch.no_grad()
 def quantize_model(classifier: nn.Module, image_size: int) -> list[Layer]:
     """Replace every convolution and linear layer, and the BatchNorm it feeds, by a QuantLayer at 32 bits.
-
-    Layers, shapes and BatchNorms are read off one forward pass at (3, image_size, image_size), so any network
-    will do whose layers run once a pass. Returns the layer table in execution order; names are module paths
-    inside `classifier.net` (or the module itself). Raises ValueError for a layer that does not run exactly
-    once, and unless 32 bits compute exactly what the float network did.
-    """
+    Layers, shapes and BatchNorms are read off one forward pass at (3, image_size, image_size). Returns the
+    layer table in execution order; names are module paths inside `classifier.net` (or the module itself).
+    Raises ValueError unless each layer runs exactly once and 32 bits compute what the float network did."""
     body = getattr(classifier, "net", classifier)
     names = {module: name for name, module in body.named_modules()}
     layers = [module for module in names if isinstance(module, (nn.Conv2d, nn.Linear))]
     norms = [module for module in names if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
              and module.affine and module.track_running_stats]
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-    norm_of: dict[nn.Module, nn.Module] = {}
+    calls, norm_of = [], {}  # (layer, input, output) as they run; the BatchNorm of a layer
 
     def record(module, inputs, output):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -417,32 +376,26 @@ def quantize_model(classifier: nn.Module, image_size: int) -> list[Layer]:
     hooks = [module.register_forward_hook(record) for module in layers + norms]
     was_training, device = classifier.training, next(classifier.parameters()).device
     probe = torch.rand(1, 3, image_size, image_size, device=device)
-    classifier.eval()
-    with torch.no_grad():
-        expected = classifier(probe)
+    expected = classifier.eval()(probe)
     for hook in hooks:
         hook.remove()
-    if sorted(names[module] for module, _, _ in calls) != sorted(names[module] for module in layers):
-        raise ValueError("every convolution and linear layer must run exactly once in a forward pass")
-    if any(isinstance(module, nn.Linear) and x.ndim != 2 for module, x, _ in calls):
-        raise ValueError("linear layers must see inputs (batch, features)")
+    ran = sorted(names[module] for module, x, _ in calls if x.ndim == 2 or not isinstance(module, nn.Linear))
+    if ran != sorted(names[module] for module in layers):
+        raise ValueError("each layer must run exactly once a forward pass, linear ones on (batch, features)")
     table = []
     for module, x, out in calls:
-        conv = isinstance(module, nn.Conv2d)
-        c_in, c_out = x.shape[1], out.shape[1]
-        table.append(Layer(names[module], c_in, c_out, module.kernel_size[0] if conv else 1,
-                           module.stride[0] if conv else 1, x.shape[-1] if conv else 1, module.weight.numel(),
-                           module.weight.numel() * out[0, 0].numel(), conv and module.groups == c_in > 1))
-        norm = norm_of.get(module, nn.Identity())
-        body.set_submodule(names[module], QuantLayer(module, norm, x.shape[1:]).to(device))
+        layer = QuantLayer(module, norm_of.get(module, nn.Identity()), x.shape[1:]).to(device)
+        kernel, stride = 1 if layer.linear else module.kernel_size[0], layer.conv["stride"][0]
+        c_in, weights, depthwise = x.shape[1], module.weight.numel(), layer.conv["groups"] == x.shape[1] > 1
+        table.append(Layer(names[module], c_in, out.shape[1], kernel, stride, layer.in_shape[-1], weights,
+                           weights * out[0, 0].numel(), depthwise))
+        body.set_submodule(names[module], layer)
         if module in norm_of:
-            body.set_submodule(names[norm], nn.Identity())
-    with torch.no_grad():
-        same = torch.equal(classifier(probe), expected)
-    classifier.train(was_training)
-    if not same:
+            body.set_submodule(names[norm_of[module]], nn.Identity())
+    if not torch.equal(classifier(probe), expected):
         raise ValueError("BatchNorm cannot be folded: a convolution's output is used before it or changed in "
                          "place, or a convolution does not pad with zeros")
+    classifier.train(was_training)
     return table
 
 
@@ -472,14 +425,11 @@ def keep_steps_positive(classifier: nn.Module) -> None:
 
 
 @torch.no_grad()
-def calibrate(classifier: nn.Module, batches: Iterable[Tensor], values: int = 65536) -> None:
+def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65536) -> None:
     """Find, on the float network, each layer's activation step per width and whether its input is signed.
-
     batches: images (B, 3, H, W) as the network will see them, noise included. Steps have the least squared
-    error on about `values` inputs a layer; the input is unsigned if none of them is below zero.
-    """
+    error on about `values` inputs a layer; the input is unsigned if none is below zero."""
     seen: dict[QuantLayer, list[Tensor]] = {layer: [] for layer in quant_layers(classifier).values()}
-    batches = list(batches)
 
     def keep(layer, inputs):
         flat = inputs[0].flatten()
@@ -527,13 +477,10 @@ def uniform_policy(table: list[Layer], bits: int, end_bits: int = END_BITS) -> P
     return {layer.name: [end_bits, end_bits] if layer.name in ends else [bits, bits] for layer in table}
 
 
-def enforce_budget(table: list[Layer], policy: Policy, budget: float,
-                   size_budget: Optional[float] = None) -> Policy:
+def enforce_budget(table: list[Layer], policy: Policy, budget: float, size_budget: float = None) -> Policy:
     """The policy, forced under fractions of the float network's BitOPs and weight bits (HAQ, section 3.3).
-
     From the last layer back, each visit takes one bit from the weights, then one from the input, until the
-    policy fits; the ends keep 8 bits. Raises ValueError if the narrowest policy is over the budget.
-    """
+    policy fits; the ends keep 8 bits. Raises ValueError if the narrowest policy is over the budget."""
     policy = {name: list(bits) for name, bits in policy.items()}
 
     def over(kind: int) -> bool:
@@ -549,9 +496,8 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float,
                     policy[layer.name][kind] -= 1
         if policy == before:
             needs = [math.ceil(ratio(table, policy) * 1e6) / 1e6 for ratio in (bitops_ratio, size_ratio)]
-            raise ValueError(f"{'--budget' if over(1) else '--size-budget'} is below what the narrowest "
-                             f"policy ({MIN_BITS} bits, ends {END_BITS}) costs: {needs[0]} of the float "
-                             f"network's BitOPs and {needs[1]} of its size")
+            raise ValueError(f"{'--budget' if over(1) else '--size-budget'} is below what {MIN_BITS} bits "
+                             f"cost (ends {END_BITS}): {needs[0]} of float BitOPs and {needs[1]} of the size")
     return policy
 
 
@@ -569,8 +515,7 @@ def integer_network(classifier: nn.Module, batch: int = 2) -> nn.Module:
     none: then this is the float network). A layer takes over the sum and the ReLU behind it, and rounds to
     the next layer's integers where that alone reads its output; networks that torch.fx cannot trace run layer
     by layer. Predictions do not depend on the batch size. Exactness is checked at batches of `batch`, by
-    which GPUs choose kernels. Raises RuntimeError where no path is exact.
-    """
+    which GPUs choose kernels. Raises RuntimeError where no path is exact."""
     network = copy.deepcopy(classifier).eval()
     for layer in quant_layers(network).values():
         layer.freeze()
@@ -660,11 +605,9 @@ def unpack_bits(data: bytes, count: int, bits: int) -> Tensor:
 
 def pack_model(classifier: Classifier, table: list[Layer], description: dict) -> bytes:
     """A quantized network as one file: integers at their own widths, their epilogues and a description.
-
     description: arch, image_size, sigma, dataset and classes; the rest is read off the network. In order:
     MAGIC; version and length of the header; the header, JSON; for each layer of the table packed weights,
-    a_step, scale and shift in float32; SHA-256 of all that. Raises ValueError for a layer of 32 bits.
-    """
+    a_step, scale and shift in float32; SHA-256 of all that. Raises ValueError for a layer of 32 bits."""
     classifier = copy.deepcopy(classifier)
     layers = [quant_layers(classifier)[row.name] for row in table]
     if any(layer.w_bits == FLOAT_BITS for layer in layers):
@@ -691,8 +634,7 @@ def read_packed(path) -> Optional[tuple[dict, bytes]]:
         return None
     version, length = struct.unpack_from("<HI", data.ljust(10, b"\0"), 4)
     if version > VERSION:
-        raise ValueError(f"{path} has version {version} of its format, or was altered, where this program "
-                         f"reads version {VERSION}; use a newer one")
+        raise ValueError(f"{path} was altered or is of version {version}, not {VERSION}; use a newer program")
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise ValueError(f"{path} was truncated or altered: its checksum is wrong; copy it again")
     return json.loads(data[10:10 + length]), data[10 + length:-32]

@@ -12,6 +12,7 @@ import random
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from scipy.optimize import brentq
 from scipy.stats import binom, binomtest, norm
 from torch import nn
@@ -356,6 +358,29 @@ def test_more_samples_are_drawn_anew_and_selection_is_apart_from_estimation():
     finally:
         certify.draw_noise = original
     assert purposes == ["test/select", "test/estimate100", "test/select"] + ["test/estimate200"] * 2
+
+
+def test_a_batch_that_memory_cannot_hold_is_halved():
+    classifier, sizes = linear_classifier()[0], []
+    images = torch.rand(2, 3, 8, 8)
+
+    def small(x):
+        sizes.append(len(x))
+        if len(x) > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+        return classifier(x)
+
+    sample = images, [0, 1], 150, 2, 0.25, KEY, 100
+    with pytest.warns(UserWarning, match="out of memory with 100 samples"):
+        counts = certify.class_counts(small, *sample)
+    assert torch.equal(counts, certify.class_counts(classifier, *sample))
+    assert max(sizes) == 100 and sum(size for size in sizes if size <= 30) == 300
+
+    def broken(x):
+        raise RuntimeError("another kind of fault")
+
+    with pytest.raises(RuntimeError, match="another kind"):
+        certify.class_counts(broken, *sample)
 
 
 def test_predict_abstains_exactly_where_the_binomial_test_says():
@@ -1145,15 +1170,15 @@ def test_shapes_are_the_same_everywhere_and_balanced():
 def test_augmentation_only_moves_and_flips():
     x = torch.arange(1.0, 1 + 2 * 3 * 8 * 8).view(2, 3, 8, 8)
     torch.manual_seed(0)
-    moved = [arq.augment(x) for _ in range(200)]
+    moved = [arq.augment(x, torch.rand(3, 2)) for _ in range(200)]
     assert any(torch.equal(m[0], x[0].flip(2)) for m in moved) and any(torch.equal(m[0], x[0]) for m in moved)
     assert all(set(m[1].flatten().tolist()) <= set(x[1].flatten().tolist()) | {0.0} for m in moved)
 
 
-def image_tree(root: Path, sizes=((40, 50), (33, 32), (64, 48))) -> None:
+def image_tree(root: Path, sizes=((40, 50), (33, 32), (64, 48)), train=12, test=4) -> None:
     """Class folders with grey and colour PNGs of several sizes."""
     generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 12), ("test", 4)):
+    for split, count in (("train", train), ("test", test)):
         for label, name in enumerate(("dark", "light")):
             (root / split / name).mkdir(parents=True)
             for i in range(count):
@@ -1169,7 +1194,7 @@ FOLDER = "--dataset folder --image-size 24 --images 8 --search-images 4 --batch-
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_folders_in_any_size_stream(tmp_path, workers):
-    """Grey and colour files come out as RGB of one size, in the order asked for, from any number of workers."""
+    """Grey and colour files come out as RGB of one size, in the order asked for, however many workers."""
     image_tree(tmp_path)
     config = arq.parse_config([*FOLDER, "--data", str(tmp_path), "--workers", str(workers)])
     train, test = arq.load_images(config)
@@ -1231,7 +1256,7 @@ SMALL = ("--epochs 2 --image-size 16 --episodes 4 --episode-steps 1 --finetune-e
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The whole method, once, in small settings: two epochs of training, two of fine-tuning, four episodes."""
+    """The whole method, once: two epochs of training, two of fine-tuning, four episodes."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -1288,7 +1313,7 @@ def contents(run: Path) -> dict:
               for name in ("certificates.tsv", "base_certificates.tsv")}
     return {**tables, "results": {**results, "stages": {name: timeless(stage)
                                                         for name, stage in results["stages"].items()}},
-            "search": [timeless(json.loads(line)) for line in (run / "search.jsonl").read_text().splitlines()],
+            "search": [timeless(json.loads(line)) for line in open(run / "search.jsonl")],
             "model": (run / "model.arq").read_bytes(), "policy": (run / "policy.json").read_bytes(),
             "cache": cache}
 
@@ -1311,7 +1336,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 
 
 def test_a_run_killed_anywhere_continues_bit_for_bit(finished_run, tmp_path):
-    """Three SIGKILLs, at seeded random moments; then every file is that of the run that nothing interrupted."""
+    """Three SIGKILLs, at seeded random moments; then every file is that of the run left in peace."""
     moments = random.Random(5)
     for kill in range(3):
         process = run_command([*SMALL, "--out", "run"], cwd=tmp_path)
@@ -1382,8 +1407,8 @@ def test_an_unreadable_image_in_an_epoch(tmp_path, monkeypatch, capsys):
     """Found by a worker process in the middle of training: one line; repaired, the run goes on and ends."""
     monkeypatch.chdir(tmp_path)
     image_tree(tmp_path / "data")
-    command = [*FOLDER, *"--arch resnet8 --epochs 3 --episodes 2 --episode-steps 1 --finetune-epochs 0.5 --n 20 "
-               "--search-n 10 --n-p 10 --workers 1 --data data --out run".split()]
+    command = [*FOLDER, *"--arch resnet8 --epochs 3 --episodes 2 --episode-steps 1 --finetune-epochs 0.5 "
+               "--n 20 --search-n 10 --n-p 10 --workers 1 --data data --out run".split()]
     victim = Path("data/train/dark/08.png")  # not among the images that name the set
     whole, read, epochs = victim.read_bytes(), arq.write_whole, []
 
@@ -1471,6 +1496,107 @@ def test_training_continues_bit_for_bit(tmp_path, bits):
     assert all(torch.equal(torch.as_tensor(whole[name]), torch.as_tensor(continued[name])) for name in whole)
 
 
+# ---- arq.py: several processes, large images ----
+
+def test_two_processes_give_the_certificates_of_one(finished_run, monkeypatch):
+    """Without training in between: the same rewards, policies, network and certificates."""
+    monkeypatch.chdir(finished_run)
+    command = [*SMALL, "--episode-steps", "0", "--finetune-epochs", "0", "--images", "7"]
+    assert arq.main([*command, "--out", "one"]) == 0
+    process = run_command([*command, "--out", "two"], processes=2)
+    said = process.communicate()[0]
+    assert process.returncode == 0, said
+    one, two = contents(Path("one")), contents(Path("two"))
+    for some in (one, two):
+        del some["results"]["threads"], some["results"]["base"]["threads"]
+    assert one == two and said.count("episode ") == 4  # only one of them prints
+
+
+def one_step(path: Path) -> None:
+    """A training step of a network without BatchNorm, on a batch that two processes cannot halve."""
+    config = arq.parse_config(["--batch-size", "17", "--device", "cpu"])
+    if arq.WORLD > 1:
+        arq.join_processes(config)
+    torch.manual_seed(arq.RANK)  # DistributedDataParallel starts all from the first one's weights
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10))
+    classifier = models.Classifier(net)
+    arq.train(classifier, arq.draw_shapes(40, seed=0, size=16), list(range(40)), config, 1, 1.0, 1e-4, "base")
+    arq.write_whole(path, classifier.state_dict())
+
+
+def test_two_processes_step_as_one(tmp_path):
+    one_step(tmp_path / "one.pt")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*torchrun, __file__, str(tmp_path / "two.pt")], check=True, capture_output=True)
+    one, two = (arq.read_state(tmp_path / name) for name in ("one.pt", "two.pt"))
+    torch.manual_seed(0)
+    start = nn.Conv2d(3, 8, 3).weight
+    assert (one["net.0.weight"] - start).abs().max() > 0.01
+    assert all(torch.allclose(value, two[name], rtol=1e-4, atol=1e-6) for name, value in one.items())
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes in /proc")
+def test_a_process_that_dies_ends_the_job_and_another_number_continues(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    process = run_command([*SMALL, "--out", "run"], processes=2)
+    wait_for(process, "train the base ...")
+    while not Path("run/state.pt").exists():
+        time.sleep(0.05)
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    last, = [pid for pid in ranks if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(int(last), signal.SIGKILL)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode != 0 and re.search(r"failed \(exitcode: -9\) local_rank: 1", said), said
+    assert arq.main([*SMALL, "--out", "run"]) == 0
+    assert "train the base, continued" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arch", ["mobilenet_v2", "resnet50"])
+def test_224_pixels_go_through_every_stage(tmp_path, monkeypatch, arch):
+    monkeypatch.chdir(tmp_path)
+    image_tree(tmp_path / "data", sizes=((224, 224), (230, 310), (500, 180)), train=5, test=1)
+    assert arq.main(["--arch", arch, *"--dataset imagenet --data data --epochs 1 --batch-size 4 --n0 5 --n 10 "
+                     "--search-images 2 --search-n 10 --n-p 10 --images 2 --episodes 1 --episode-steps 1 "
+                     "--finetune-epochs 0.5 --eval-batch 4 --device cpu --out run".split()]) == 0
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["bitops_ratio"] <= 0.015 and results["images"] == 2 and results["path"] in models.PATHS
+    assert results["stages"]["search"]["forward_passes"] >= 4 + 10
+
+
+def test_pretrained_weights_are_taken_but_for_another_last_layer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    given = torchvision.models.mobilenet_v2(num_classes=1000)
+    url = torchvision.models.MobileNet_V2_Weights.DEFAULT.url
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    torch.save(given.state_dict(), tmp_path / "hub" / "checkpoints" / url.rsplit("/")[-1])
+    classifier = models.build_classifier("mobilenet_v2", 5)
+    own = classifier.net.classifier[1].weight.clone()
+    models.load_pretrained(classifier, "mobilenet_v2")
+    assert torch.equal(classifier.net.features[0][0].weight, given.features[0][0].weight)
+    assert torch.equal(classifier.net.classifier[1].weight, own)
+
+    def no_network(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    with pytest.raises(ValueError, match="resnet18.*could not be downloaded.*checkpoints"):
+        models.load_pretrained(models.build_classifier("resnet18", 5), "resnet18")
+
+
+def test_mixed_precision_trains_nearly_as_float32(monkeypatch):
+    """A step in bfloat16, as GPUs take it: weights and step sizes move in the same direction, in float32."""
+    config = arq.parse_config(["--batch-size", "16", "--device", "cpu"])
+    images, moves = arq.draw_shapes(64, seed=0, size=32), []
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(arq, "AUTOCAST_DEVICES", devices)
+        classifier, _ = quantized("resnet8", bits=4)
+        before = [p.detach().clone() for p in classifier.parameters()]
+        arq.train(classifier, images, list(range(64)), config, 1, 0.1, 0.0, "base")
+        assert all(p.dtype == torch.float32 for p in classifier.parameters())
+        moves.append(torch.cat([(p - b).flatten() for p, b in zip(classifier.parameters(), before)]))
+    assert F.cosine_similarity(*moves, dim=0) > 0.97 and not torch.equal(*moves)
+
+
 # ---- the repository ----
 
 def test_the_house_rules_hold():
@@ -1511,3 +1637,7 @@ def test_the_readmes_example_certifies(tmp_path, monkeypatch, capsys):
 def test_help_names_every_option():
     text = subprocess.run([sys.executable, HERE / "arq.py", "--help"], capture_output=True, text=True).stdout
     assert all(f"--{name.replace('_', '-')} " in text for name in arq.Config.__dataclass_fields__)
+
+
+if __name__ == "__main__":  # under torchrun, in test_two_processes_step_as_one
+    one_step(Path(sys.argv[1]))

@@ -3,10 +3,10 @@
     python benchmarks/resume.py [--kills 20] [--seed 0] [--overhead]
 
 A small `shapes` run through every stage, once whole; then again and again, ended by SIGKILL at seeded random
-moments and continued by the same command, until it was killed so often. Whatever it then leaves is compared with
-the whole run's, times aside. --overhead runs the default `shapes` command (some minutes) and a search on ResNet-20
-(--data, --checkpoint: real images, optional) and takes the time and bytes of every saved state. Prints, and
-writes results/resume.json.
+moments and continued by the same command, until it was killed so often. Whatever it then leaves is compared
+with the whole run's, times aside. --overhead runs the default `shapes` command (some minutes) and, with --data
+and --checkpoint, twelve episodes on ResNet-20 and real images; it takes the time and bytes of every saved state.
+Prints, and writes results/resume.json.
 """
 
 import argparse
@@ -41,7 +41,8 @@ def contents(folder: Path) -> dict:
         return [plain(some) for some in value] if isinstance(value, (list, tuple)) else value
 
     run = folder / "run"
-    rows = {path.name: [plain(vars(row)) for row in certify.read_certificates(path)] for path in run.glob("*.tsv")}
+    rows = {path.name: [plain(vars(row)) for row in certify.read_certificates(path)]
+            for path in run.glob("*.tsv")}
     whole = {path.name: path.read_bytes() for path in (run / "model.arq", run / "policy.json")}
     records = [json.loads(line) for line in (run / "search.jsonl").read_text().splitlines()]
     base, = (folder / "runs" / "bases").iterdir()
@@ -82,7 +83,8 @@ def killed_again_and_again(kills: int, seed: int) -> dict:
                     process.kill()
                     said = process.communicate()[0]
                     stage = [line for line in said.splitlines() if line.endswith("...")]
-                    log.append({"after_seconds": round(wait, 2), "in": stage[-1] if stage else "before any stage"})
+                    reached = stage[-1] if stage else "before any stage"
+                    log.append({"after_seconds": round(wait, 2), "in": reached})
                     done += 1
                     print(f"  kill {done}: {log[-1]}", flush=True)
             rounds += 1
@@ -135,8 +137,8 @@ def main():
     if options.overhead:
         results["overhead"] = {"shapes": overhead([])}
         if options.checkpoint:
-            real = ("--dataset cifar10 --episodes 12 --episode-steps 12 --finetune-epochs 0.05 --images 4 --n 100 "
-                    "--search-images 100 --search-n 1000 --n-p 100").split()
+            real = ("--dataset cifar10 --episodes 12 --episode-steps 12 --finetune-epochs 0.05 --images 4 "
+                    "--n 100 --search-images 100 --search-n 1000 --n-p 100").split()
             results["overhead"]["cifar10"] = overhead([*real, "--data", options.data,
                                                        "--checkpoint", options.checkpoint])
         print(json.dumps(results["overhead"], indent=1))
