@@ -59,7 +59,8 @@ def main():
     picks = [torch.tensor(others)[torch.randint(len(others), (128,), generator=generator)]
              for _ in range(options.batches)]
     ways = {"left alone": None, "re-estimated, plain images": [noisy(images.batch(p)) for p in picks],
-            "re-estimated, augmented": [noisy(arq.augment(images.batch(p))) for p in picks],
+            "re-estimated, augmented": [noisy(arq.augment(images.batch(p), torch.rand(3, 128, generator=generator)))
+                                        for p in picks],
             "12 steps of fine-tuning": None}
 
     classifier = arq.prepare(models.load_base_checkpoint(options.checkpoint, "resnet20", 10), config)

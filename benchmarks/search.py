@@ -54,20 +54,21 @@ class FixedAgent(RandomAgent):
 def evaluator(run: Path, data: str):
     """The environment, the evaluator and the base's ACR of a finished run."""
     options = json.loads((run / "config.json").read_text())
-    del options["fingerprint"]
-    config = arq.complete_config(arq.Config(**options, data=data))
-    images, _ = arq.load_images(config)
+    config = arq.complete_config(arq.Config(**{**options, "data": data}))
+    images, test_images = arq.load_images(config)
+    stages = arq.Stages(run / "state.pt", arq.stage_keys(config, arq.STAGES, images, test_images))
     search_ids = arq.evenly_spaced(config.search_images, len(images))
     train_ids = sorted(set(range(len(images))) - set(search_ids))
-    path = arq.base_path(config, images)
-    assert config.checkpoint or path.exists(), f"the run's base classifier is not at {path}"
+    key = arq.digest(json.dumps(stages.keys["train the base"]).encode())
+    path = next(Path("runs/bases").glob(f"*-{key}.pt"), None)
+    assert config.checkpoint or path, "the run's base classifier is not under runs/bases"
     classifier = arq.build_base(config, len(images.classes), path)
     table = models.quantize_model(classifier, config.image_size)
     search_images = images.batch(search_ids, config.device)
     arq.calibrate(classifier, search_images, config)
     labels = [images.labels[i] for i in search_ids]
-    cache = arq.certify_and_keep(classifier, search_images, labels, search_ids, len(images.classes), config,
-                                 run / "search_cache.pt")
+    cache = arq.certify_search_images(classifier, search_images, labels, search_ids, len(images.classes), config,
+                                      run / "search_cache.pt", stages)
     evaluate = arq.PolicyEvaluator(classifier, cache, search_images, images, train_ids, config)
     environment = arq.BitWidthEnvironment(table, config.budget, config.size_budget)
     return environment, evaluate, certify.average_certified_radius(cache.certificates)
@@ -89,7 +90,10 @@ def main():
             out.mkdir(parents=True, exist_ok=True)
             arq.DDPG = agent
             print(f"{method}, seed {seed}")
-            arq.search(environment, evaluate, base_acr, options.episodes, seed, out)
+            stages = arq.Stages(out / "state.pt", {"search": {"seed": seed, "episodes": options.episodes}})
+            if stages.begins("search", out / "search.jsonl"):
+                arq.search(environment, evaluate, base_acr, options.episodes, seed, out / "search.jsonl", stages)
+                stages.save(None, finished=True)
             acrs = [json.loads(line)["acr"] for line in (out / "search.jsonl").read_text().splitlines()]
             found.setdefault(method, []).append({"best": max(acrs), "last ten": statistics.mean(acrs[-10:]),
                                                  "all": statistics.mean(acrs)})
