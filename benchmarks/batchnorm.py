@@ -58,9 +58,9 @@ def main():
     labels = torch.tensor(images.labels)[search_ids].view(5, 1, 100).expand(5, 4, 100).flatten()
     picks = [torch.tensor(others)[torch.randint(len(others), (128,), generator=generator)]
              for _ in range(options.batches)]
+    moved = [arq.augment(images.batch(p), torch.rand(3, 128, generator=generator)) for p in picks]
     ways = {"left alone": None, "re-estimated, plain images": [noisy(images.batch(p)) for p in picks],
-            "re-estimated, augmented": [noisy(arq.augment(images.batch(p), torch.rand(3, 128, generator=generator)))
-                                        for p in picks],
+            "re-estimated, augmented": [noisy(x) for x in moved],
             "12 steps of fine-tuning": None}
 
     classifier = arq.prepare(models.load_base_checkpoint(options.checkpoint, "resnet20", 10), config)

@@ -67,8 +67,8 @@ def evaluator(run: Path, data: str):
     search_images = images.batch(search_ids, config.device)
     arq.calibrate(classifier, search_images, config)
     labels = [images.labels[i] for i in search_ids]
-    cache = arq.certify_search_images(classifier, search_images, labels, search_ids, len(images.classes), config,
-                                      run / "search_cache.pt", stages)
+    cache = arq.certify_search_images(classifier, search_images, labels, search_ids, len(images.classes),
+                                      config, run / "search_cache.pt", stages)
     evaluate = arq.PolicyEvaluator(classifier, cache, search_images, images, train_ids, config)
     environment = arq.BitWidthEnvironment(table, config.budget, config.size_budget)
     return environment, evaluate, certify.average_certified_radius(cache.certificates)
@@ -92,7 +92,8 @@ def main():
             print(f"{method}, seed {seed}")
             stages = arq.Stages(out / "state.pt", {"search": {"seed": seed, "episodes": options.episodes}})
             if stages.begins("search", out / "search.jsonl"):
-                arq.search(environment, evaluate, base_acr, options.episodes, seed, out / "search.jsonl", stages)
+                log = out / "search.jsonl"
+                arq.search(environment, evaluate, base_acr, options.episodes, seed, log, stages)
                 stages.save(None, finished=True)
             acrs = [json.loads(line)["acr"] for line in (out / "search.jsonl").read_text().splitlines()]
             found.setdefault(method, []).append({"best": max(acrs), "last ten": statistics.mean(acrs[-10:]),
