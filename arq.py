@@ -52,7 +52,8 @@ RADII = (0.0, 0.25, 0.5, 0.75)
 AUTOCAST_DEVICES = ("cuda",)
 WORLD = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1  # torchrun's processes
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # this one; the first writes and prints
-WORKERS = min(16, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+CORES = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0))
+WORKERS = min(16, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 # ---- options ----
@@ -271,10 +272,10 @@ class Stages:
     def __init__(self, path: Path, keys: dict[str, dict], restart: bool = False):
         self.path, self.keys, self.passes = path, keys, 0
         self.records = read_state(path) if path.exists() else {}
-        for name, key in keys.items():
-            old = self.records.get(name, {"key": key})["key"]
-            differ = [f"{flag(option)} {old.get(option)} there, {value} here"
-                      for option, value in key.items() if old.get(option) != value]
+        for name, record in list(self.records.items()):
+            old, new = record["key"], keys.get(name, {})
+            differ = [f"{flag(option)} {old.get(option)} there, {new.get(option)} here"
+                      for option in {**old, **new} if old.get(option) != new.get(option)]
             if differ and not restart:
                 raise ValueError(f"{path.parent} holds another run, from '{name}' on: {'; '.join(differ[:4])}"
                                  f"; give another --out, or --restart to do that anew")

@@ -1438,6 +1438,8 @@ def test_stages_whose_options_differ_are_refused_or_done_anew(finished_run, monk
     assert Path("other/model.arq").stat().st_mtime_ns == packed
     assert {row.n for row in certify.read_certificates("other/certificates.tsv")} == {300}
     assert fails([*SMALL, "--out", "other", "--seed", "1"], capsys, "--seed 0 there, 1 here")
+    evaluate = "--evaluate run/model.arq --images 6 --n 200 --n0 20 --device cpu --out other"
+    assert fails(evaluate.split(), capsys, "other holds another run")
     assert fails([*SMALL, "--out", "runs"], capsys, "--out runs", "give another --out")
     assert arq.main([*more, "--eval-batch", "17"]) == 0  # finished: the table again
     assert capsys.readouterr().out.count("finished earlier, used again") == 5

@@ -64,7 +64,8 @@ def memory(data: str) -> dict:
     """Peak resident memory of a run through every stage on 5,000 and on 50,000 image files."""
     peaks = {}
     options = ("--dataset folder --arch resnet8 --epochs 1 --episodes 2 --episode-steps 2 "
-               "--finetune-epochs 0.1 --images 10 --n 100 --search-images 20 --search-n 100 --n-p 50 --device cpu").split()
+               "--finetune-epochs 0.1 --images 10 --n 100 --search-images 20 --search-n 100 --n-p 50 "
+               "--device cpu").split()
     for count in (5_000, 50_000):
         with tempfile.TemporaryDirectory() as place:
             for split in ("train", "test"):
