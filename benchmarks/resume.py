@@ -4,9 +4,9 @@
 
 A small `shapes` run through every stage, once whole; then again and again, ended by SIGKILL at seeded random
 moments and continued by the same command, until it was killed so often. Whatever it then leaves is compared
-with the whole run's, times aside. --overhead takes the time and bytes of every saved state in the search of the
-default `shapes` command and, with --data and --checkpoint, in twelve episodes on ResNet-20 and real images.
-Prints, and writes results/resume.json.
+with the whole run's, times aside. --overhead takes the time and bytes of every saved state in the search of
+the default `shapes` command and, with --data and --checkpoint, in twelve episodes on ResNet-20 and real
+images. Prints, and writes results/resume.json.
 """
 
 import argparse
