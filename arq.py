@@ -606,11 +606,10 @@ def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float]
             with log.open("a") as file:
                 file.write(json.dumps(records[-1]) + "\n")
         stages.save({"agent": agent.state_dict(), "records": records})
-        best = max(record["acr"] for record in records)
         left = (time.monotonic() - start) / (episode + 1 - first) * (episodes - episode - 1)
         print(f"  episode {episode + 1:>3}/{episodes}  ACR {down(acr)}  reward {reward:+.4f}  "
-              f"BitOPs {100 * records[-1]['bitops_ratio']:.3f} %  best ACR {down(best)}  "
-              f"{duration(left)} left", flush=True)
+              f"BitOPs {100 * records[-1]['bitops_ratio']:.3f} %  "
+              f"best ACR {down(max(record['acr'] for record in records))}  {duration(left)} left", flush=True)
 
 
 # ---- the run ----
