@@ -49,10 +49,10 @@ from models import Classifier, Layer, Policy
 BASE_LR, BASE_DECAY = 0.2, 5e-4
 EPISODE_LR, FINETUNE_LR, FINETUNE_DECAY = 0.005, 0.02, 1e-4
 RADII = (0.0, 0.25, 0.5, 0.75)
-AUTOCAST_DEVICES = ("cuda",)
+AUTOCAST_DEVICES = ("cuda",)  # train in bfloat16
 WORLD = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1  # torchrun's processes
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # this one; the first writes and prints
-CORES = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0))
+CORES = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0))  # that it may use
 WORKERS = min(16, max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
