@@ -75,7 +75,7 @@ BASE = ("dataset data arch checkpoint pretrained mean std sigma epochs seed imag
         "search_images").split()
 CACHE = [*BASE, *"n0 search_n alpha device".split()]
 SEARCH = [*CACHE, *"budget size_budget episodes episode_steps n_p alpha_zeta gamma reward_estimate".split()]
-TEST = "images n0 n alpha device test_data".split()
+TEST = ["images", "n0", "n", "alpha", "device", "data (test)"]
 STAGES = {"train the base": BASE, "certify the base, search images": CACHE, "search": SEARCH,
           "fine-tune": [*SEARCH, "finetune_epochs"], "certify the base, test images": [*BASE, *TEST],
           "certify ARQ, test images": [*SEARCH, "finetune_epochs", *TEST]}
@@ -83,7 +83,7 @@ EVALUATION = {"certify": ["evaluate", "arch", "mean", "std", "sigma", "seed", "i
 SAVED_OPTIONS = ("dataset", "arch", "image_size", "sigma")  # in the file of a network
 ABOVE_0_BELOW = dict(sigma=math.inf, budget=1, size_budget=1, alpha=1, alpha_zeta=1, gamma=1)
 AT_LEAST = dict(epochs=1, episodes=1, episode_steps=0, finetune_epochs=0, search_images=WORLD, search_n=1,
-                n_p=1, images=1, n0=1, n=1, image_size=8, batch_size=max(2, WORLD), eval_batch=1, workers=0,
+                n_p=1, images=1, n0=1, n=1, image_size=8, batch_size=2 * WORLD, eval_batch=1, workers=0,
                 seed=0)
 
 
@@ -119,8 +119,7 @@ class Config:
     alpha: float = option(0.001, "probability that one image's certificate is wrong")
     alpha_zeta: float = option(0.001, "the same for the disparity in the incremental certificate")
     gamma: float = option(None, "cached p_A from which IRS as published draws fresh samples")
-    reward_estimate: str = option("point", "rewards: ACR estimated, or certified by IRS",
-                                  choices=("point", "certified"))
+    reward_estimate: str = option("point", "reward: estimate, or IRS", choices=("point", "certified"))
     image_size: int = option(None, "side of the images the network sees")
     batch_size: int = option(128, "training batch")
     eval_batch: int = option(None, "samples per forward pass when certifying")
@@ -142,9 +141,8 @@ def parse_config(argv=None) -> Config:
     parser = OneLineParser(allow_abbrev=False, description="ARQ: mixed-precision quantization that keeps "
                            "certified robustness. Defaults not shown depend on the dataset (DEFAULTS).")
     for f in dataclasses.fields(Config):
-        value = {"type": f.type, "metavar": f.type.__name__.upper(), **f.metadata}
-        switch = {"action": "store_true", **f.metadata}
-        parser.add_argument(flag(f.name), default=f.default, **(switch if f.type is bool else value))
+        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
+        parser.add_argument(flag(f.name), default=f.default, **{**kind, **f.metadata})
     return complete_config(Config(**vars(parser.parse_args(argv))))
 
 
@@ -248,7 +246,6 @@ def join_processes(config: Config) -> None:
     """Become one of torchrun's processes: nccl on GPUs, one each, and gloo on CPUs."""
     if config.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Waiting long for a block of images is no failure; when a process dies, torchrun ends all.
     dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=timedelta(days=1))
     warnings.filterwarnings("ignore", "Grad strides")  # of 1x1 convolutions: costs nothing that matters
     if RANK > 0:
@@ -276,7 +273,7 @@ class Stages:
             old, new = record["key"], keys.get(name, {})
             differ = [f"{flag(option)} {old.get(option)} there, {new.get(option)} here"
                       for option in {**old, **new} if old.get(option) != new.get(option)]
-            if differ and not restart:
+            if differ and not (restart and name in keys):
                 raise ValueError(f"{path.parent} holds another run, from '{name}' on: {'; '.join(differ[:4])}"
                                  f"; give another --out, or --restart to do that anew")
             if differ:
@@ -289,14 +286,17 @@ class Stages:
         classifier.register_forward_pre_hook(count)
 
     def finished(self, name: str, product: Path) -> bool:
-        return name in self.records and self.records[name]["finished"] and product.exists()
+        return name in self.records and self.records[name]["finished"] and all(gather(product.exists()))
 
     def begins(self, name: str, product: Path) -> bool:
         """Whether the stage that makes this file has work left: `state` is what it saved last, or None."""
         if self.finished(name, product):
             print(f"{name}: finished earlier, used again", flush=True)
             return False
+        self.path.with_name("results.json").unlink(missing_ok=True)
         if name not in self.records or self.records[name]["finished"]:
+            for other in [other for other in self.keys if set(self.keys[name]) < set(self.keys[other])]:
+                self.records.pop(other, None)  # it rests on what is made anew
             self.records[name] = {"key": self.keys[name], "seconds": 0.0, "forward_passes": 0, "state": None}
         self.record, self.since, self.passes = self.records[name], time.monotonic(), 0
         self.state = self.record["state"]
@@ -429,9 +429,8 @@ def load_cifar10(config: Config, train: bool) -> ImageSet:
         raise ValueError(f"no CIFAR-10 in --data {root}, nor could it be downloaded; unpack {source} there, "
                          f"or put an image tree there (train/<class>/*, test/<class>/*)") from None
     labels, order = torch.tensor(data.targets).sort(stable=True)
-    pixels = torch.from_numpy(data.data)[order].permute(0, 3, 1, 2).contiguous()
-    pixels = pixels if config.image_size == 32 else TF.resize(pixels, [config.image_size] * 2)
-    return ImageSet(labels.tolist(), data.classes, config.image_size, pixels)
+    pixels = TF.resize(torch.from_numpy(data.data)[order].permute(0, 3, 1, 2), [config.image_size] * 2)
+    return ImageSet(labels.tolist(), data.classes, config.image_size, pixels.contiguous())
 
 
 SHAPES = {  # what is inside each shape, by coordinates u, v and b = max(|u|, |v|) in [-1, 1]
@@ -518,8 +517,8 @@ def train(classifier: nn.Module, images: ImageSet, indices: list[int], config: C
         batches = indices[torch.randperm(len(indices))].split(config.batch_size)[:min(epoch, steps - start)]
         batches = [batch[RANK::WORLD] for batch in batches]
         for chosen, pixels, step in zip(batches, images.batches(batches), count):
+            falling = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             for group in optimizer.param_groups:
-                falling = 0.5 + 0.5 * math.cos(math.pi * step / steps)
                 group["lr"] = lr * min((step + 1) / (0.2 * steps + 1), falling)
             uniform = torch.rand(3, config.batch_size)[:, RANK::WORLD]
             x = augment(pixels.to(config.device), uniform).float() / 255
@@ -536,6 +535,7 @@ def train(classifier: nn.Module, images: ImageSet, indices: list[int], config: C
                 raise ValueError(f"{purpose}: the loss is not finite at step {step + 1}; try another --seed")
             stages.save({"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
                          "step": step + 1})
+    next(count, None)
     for tensor in classifier.buffers() if WORLD > 1 else ():
         dist.broadcast(tensor, 0)  # BatchNorm's statistics are each process's own
     classifier.eval()
@@ -582,9 +582,7 @@ class BitWidthEnvironment:
 def search(environment: BitWidthEnvironment, evaluate: Callable[[Policy], float], base_acr: float,
            episodes: int, seed: int, log: Path, stages: Stages) -> None:
     """Algorithm 1 after the base certificate: the agent's episodes, one line each in `log` (search.jsonl).
-
-    evaluate(policy) is the ACR of g^P on the search images. Under torchrun every process runs the same agent;
-    the policy is rank 0's."""
+    evaluate(policy) is the ACR of g^P on the search images. All processes run the agent; rank 0's counts."""
     warmup = min(20, max(1, episodes // 3))
     agent = DDPG(environment.state_size, seed, DDPGConfig(episodes=episodes, warmup_episodes=warmup))
     records = stages.state["records"] if stages.state else []
@@ -641,7 +639,6 @@ def integers(classifier: Classifier, config: Config) -> nn.Module:
 
 def in_blocks(total: int, done: int, block: int, work: Callable[[slice], object]) -> Iterator[list]:
     """work(part) on blocks of images, one a process at a time. Yields each round's results, in order, to all.
-
     Blocks, and with them batches, depend neither on the number of processes nor on interruptions."""
     block = max(1, block)
     for first in progress("certifying", "images", done, total, block * WORLD):
@@ -712,7 +709,7 @@ def certify_images(stage: str, classifier: Classifier, images: ImageSet, config:
     done, begun = stages.state or (0, arithmetic)
     if begun != arithmetic:
         raise ValueError(f"{path} was begun in {begun} arithmetic, here it is {arithmetic}; give a new --out")
-    rows, text = certify.read_certificates(path)[:done] if done else [], io.StringIO()
+    rows, text = certify.read_certificates(path)[:done] if done and path.exists() else [], io.StringIO()
     certify.write_certificates(text, rows)
     write_whole(path, text.getvalue().encode())  # without rows of an unfinished block
 
@@ -745,11 +742,11 @@ def print_expected_times(base: Classifier, images: ImageSet, ids: list[int], con
             start = time.monotonic()
             work(*arguments)
             x.cpu()  # waits for the device
-            if time.monotonic() - start > 1:
+            if max(gather(time.monotonic() - start)) > 1:  # the same for all processes
                 break
         return (time.monotonic() - start) / count
 
-    count, batch = 3 * config.eval_batch, max(WORLD, min(config.batch_size, config.eval_batch))
+    count, batch = 3 * config.eval_batch, max(2 * WORLD, min(config.batch_size, config.eval_batch))
     sample = x, [0], count, len(images.classes), config.sigma, NoiseKey(0, "timing"), config.eval_batch
     batches = images, ids[:batch], dataclasses.replace(config, batch_size=batch), 2, 0.0, 0.0, "timing"
     float_pass, int_pass = (seconds(count, certify.class_counts, net, *sample) / WORLD
@@ -775,21 +772,20 @@ def stage_keys(config: Config, stages: dict[str, tuple], train_images: ImageSet,
         if values[name] is not None:
             values[name] = f"file {digest(Path(values[name]).read_bytes())}"
     values["data"] = f"images {train_images.fingerprint()}"
-    values["test_data"] = f"images {test_images.fingerprint()}"
+    values["data (test)"] = f"images {test_images.fingerprint()}"
     return {stage: {name: values[name] for name in names} for stage, names in stages.items()}
 
 
 def open_run(config: Config, keys: dict[str, dict]) -> Stages:
     """The run folder, new or one to be continued. Raises ValueError, before anything is written."""
     out = Path(config.out)
-    if out.exists() and not (out / "config.json").exists():
+    if out.exists() and not (out / "state.pt").exists():
         if not out.is_dir() or any(entry.suffix != ".part" for entry in out.iterdir()):
             raise ValueError(f"--out {out} is not empty and holds no run of this program; give another --out")
     stages = Stages(out / "state.pt", keys, config.restart)
     gather(None)  # every process has seen the folder as it was
     out.mkdir(parents=True, exist_ok=True)
-    if RANK == 0:
-        (out / "results.json").unlink(missing_ok=True)  # not beside stages done anew
+    write_whole(stages.path, stages.records)  # what is forgotten must not come back
     write_whole(out / "config.json", dataclasses.asdict(config))
     return stages
 
@@ -815,6 +811,7 @@ def run(config: Config) -> None:
         print_expected_times(base, train_images, train_ids, config, trained)
     stages.watch(base)
     if trained:
+        stages.records.get("train the base", {}).update(state=None, finished=True)  # if killed just before
         print(f"base classifier: {config.checkpoint or path}, trained earlier")
     elif stages.begins("train the base", path):
         steps, lr = config.epochs * epoch, FINETUNE_LR if config.pretrained else BASE_LR
@@ -875,7 +872,7 @@ def calibrate(classifier: Classifier, images: Tensor, config: Config) -> None:
     images = images[evenly_spaced(min(256, len(images)), len(images))]
     generator = torch.Generator(images.device).manual_seed(config.seed)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
-    models.calibrate(classifier, (images + config.sigma * noise).split(config.eval_batch))
+    models.calibrate(classifier, (images + config.sigma * noise).split(50))
 
 
 def evaluate_saved(config: Config) -> None:
@@ -972,11 +969,12 @@ def main(argv=None) -> int:
     except ValueError as error:  # ours, and the modules' own refusals of files and policies
         message = f"error: {error}"
     except OSError as error:  # no permission, no space: whatever was finished is on disk
-        message = f"error: {error.filename or out}: {error.strerror}; then the same command continues the run"
+        message = f"error: {error.filename or out}: {error.strerror or error}; the same command continues"
     except RuntimeError as error:  # what comes from outside; other kinds are faults of this program
-        if not any(text in str(error) for text in ("DataLoader worker", "by peer", "NCCL", "out of memory")):
+        known = "DataLoader worker", "by peer", "Broken pipe", "NCCL", "device ordinal", "memory"
+        if not any(text in str(error) for text in known):
             raise
-        message = f"error: {str(error).splitlines()[0]}; the same command continues the run"
+        message = f"error: {str(error).splitlines()[0]}; the same command continues; is memory short?"
     time.sleep(3 * (RANK > 0))  # what all processes have to say, the first says; then torchrun ends them
     print(f"arq.py: {message}", file=sys.stderr, flush=True)
     return code

@@ -278,6 +278,8 @@ class QuantLayer(nn.Module):
                                  if all(some.sum(1).max() < limit for some in norm.split(size, 1)))
                 self.parts = weight.to(getattr(torch, path)).split(self.part, 1)
             return torch.equal(self.sums(q).cpu(), exact)
+        except torch.OutOfMemoryError:
+            raise
         except (RuntimeError, TypeError, AttributeError):  # not in this torch or device, or groups in parts
             return False
 

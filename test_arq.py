@@ -1338,7 +1338,7 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 def test_a_run_killed_anywhere_continues_bit_for_bit(finished_run, tmp_path):
     """Three SIGKILLs, at seeded random moments; then every file is that of the run left in peace."""
     moments = random.Random(5)
-    for kill in range(3):
+    for _ in range(3):
         process = run_command([*SMALL, "--out", "run"], cwd=tmp_path)
         wait_for(process, "together")
         for line in range(moments.randint(1, 4)):
@@ -1347,7 +1347,8 @@ def test_a_run_killed_anywhere_continues_bit_for_bit(finished_run, tmp_path):
         assert process.poll() is None
         process.kill()
         process.communicate()
-        reached = arq.read_state(tmp_path / "run" / "state.pt") if kill else {}
+        state = tmp_path / "run" / "state.pt"
+        reached = arq.read_state(state) if state.exists() else {}
         for stage, name in (("search", "search.jsonl"), ("certify ARQ, test images", "certificates.tsv")):
             if not reached.get(stage, {"finished": False})["finished"]:
                 with Path(tmp_path, "run", name).open("a") as file:  # what a kill leaves, if it is unlucky
@@ -1359,6 +1360,53 @@ def test_a_run_killed_anywhere_continues_bit_for_bit(finished_run, tmp_path):
     bases = [arq.read_state(next(folder.glob("runs/bases/*.pt"))) for folder in (tmp_path, finished_run)]
     assert all(torch.equal(value, bases[1][name]) for name, value in bases[0].items())
     assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_run_stopped_after_any_write_continues(finished_run, monkeypatch, capsys, tmp_path):
+    """Once after each file that is written whole: between a stage's product and its end, too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(arq, "print_expected_times", lambda *_: None)
+    written, write = [], arq.write_whole
+
+    def stopped(path, value):
+        write(path, value)
+        if path.name not in ("config.json", "policy.json"):  # written in every run
+            written.append(path.name)
+        if len(written) == 3:  # the first state opens the run: two more, so that each time gets further
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(arq, "write_whole", stopped)
+    codes = []
+    while (not codes or codes[-1] == 130) and len(codes) < 60:
+        written.clear()
+        codes.append(arq.main([*SMALL, "--out", "run"]))
+    assert codes[-1] == 0 and len(codes) > 8
+    assert contents(Path("run")) == contents(finished_run / "run")
+    sizes = [record["state"] for record in arq.read_state(Path("run/state.pt")).values()]
+    assert sizes == [None] * 6  # nothing finished is carried along
+
+
+def test_a_restart_that_is_stopped_leaves_no_mixture(finished_run, monkeypatch, capsys):
+    monkeypatch.chdir(finished_run)
+    shutil.copytree("run", "mixed")
+    write = certify.write_certificates
+
+    def stopped(file, rows):
+        write(file, rows)
+        if rows:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(certify, "write_certificates", stopped)
+        assert arq.main([*SMALL, "--out", "mixed", "--n", "300", "--restart"]) == 130
+    assert not Path("mixed/results.json").exists()
+    assert arq.main([*SMALL, "--out", "mixed"]) == 0
+    mixed, whole = contents(Path("mixed")), contents(Path("run"))
+    assert mixed == whole
+    shutil.rmtree("runs/bases")  # a base that is trained again takes everything that rests on it along
+    capsys.readouterr()
+    assert arq.main([*SMALL, "--out", "mixed"]) == 0
+    assert "finished earlier" not in capsys.readouterr().out and contents(Path("mixed")) == whole
 
 
 def test_ctrl_c_loses_at_most_the_episode_in_flight(finished_run, monkeypatch, capsys):
@@ -1444,7 +1492,7 @@ def test_stages_whose_options_differ_are_refused_or_done_anew(finished_run, monk
     assert arq.main([*more, "--eval-batch", "17"]) == 0  # finished: the table again
     assert capsys.readouterr().out.count("finished earlier, used again") == 5
     place = {"out", "eval_batch", "workers", "evaluate", "restart"}
-    assert {name for names in arq.STAGES.values() for name in names} - {"test_data"} | place == {
+    assert {name for names in arq.STAGES.values() for name in names} - {"data (test)"} | place == {
         field.name for field in fields(arq.Config)}
 
 
@@ -1549,6 +1597,7 @@ def test_a_process_that_dies_ends_the_job_and_another_number_continues(tmp_path,
     os.kill(int(last), signal.SIGKILL)
     said = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and re.search(r"failed \(exitcode: -9\) local_rank: 1", said), said
+    assert 'arq.py", line' not in said and said.count("arq.py: error") <= 1  # the other has no traceback
     assert arq.main([*SMALL, "--out", "run"]) == 0
     assert "train the base, continued" in capsys.readouterr().out
 
