@@ -94,6 +94,10 @@ def serial_seconds() -> dict:
     agent = arq.DDPG(environment.state_size, 0, arq.DDPGConfig(episodes=600))
     agent.episode = 100
     parts: dict[str, list] = {}
+    states, actions, policy = environment.rollout(agent.act)
+    for episode in range(128):  # the replay full, and the records of 600 episodes: the largest state
+        agent.replay.add(states, actions, float(episode))
+    records = [{"episode": episode, "acr": 0.1, "policy": policy} for episode in range(600)]
 
     def timed(name, work, *arguments):
         start = time.monotonic()
@@ -111,7 +115,7 @@ def serial_seconds() -> dict:
             timed("policy set: step sizes", models.set_policy, classifier, policy)
             timed("integer network: built and checked", models.integer_network, classifier)
             timed("agent learns", agent.learn, states, actions, 0.1 * episode)
-            timed("state saved", stages.save, {"agent": agent.state_dict(), "records": []})
+            timed("state saved", stages.save, {"agent": agent.state_dict(), "records": records})
     return {name: statistics.median(values) for name, values in parts.items()}
 
 
@@ -133,9 +137,11 @@ def imagenet() -> dict:
     alike = sum(serial.values())
     episodes = {}
     for count in (1, 8, 64, 512):
-        # Whole images: the process with most of them is waited for; a batch has no more parts than images.
-        evaluate = math.ceil(right / count) * config.n_p / V100["inference"]
-        step = config.episode_steps * math.ceil(config.batch_size / count) / V100["training"]
+        # Whole images: the process with most of them is waited for. arq.py wants one search image and two
+        # training images a process at least, so 512 need --search-images 512 and --batch-size 1024.
+        most = math.ceil(RIGHT * max(config.search_images, count) / count)
+        evaluate = most * config.n_p / V100["inference"]
+        step = config.episode_steps * math.ceil(max(config.batch_size, 2 * count) / count) / V100["training"]
         episodes[count] = {"evaluation": evaluate, "fine-tuning": step, "alike on all": alike,
                            "seconds": evaluate + step + alike}
     for row in episodes.values():
