@@ -1670,7 +1670,8 @@ def test_readme_names_only_what_exists():
     """Functions and flags that the README mentions are in the code."""
     readme = (HERE / "README.md").read_text()
     ours = [line for line in readme.splitlines() if "benchmarks/" not in line]
-    flags = {f"--{name.replace('_', '-')}" for name in arq.Config.__dataclass_fields__} | {"--help"}
+    flags = {f"--{name.replace('_', '-')}" for name in arq.Config.__dataclass_fields__}
+    flags |= {"--help", "--nproc-per-node"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", "\n".join(ours))) <= flags
     for module, name in re.findall(r"`(certify|models|ddpg|arq)\.([A-Za-z_]\w*)", readme):
         assert name == "py" or hasattr(sys.modules[module], name), f"{module}.{name}"
