@@ -719,7 +719,7 @@ def certify_images(stage: str, classifier: Classifier, images: ImageSet, config:
         return certify.certify(classifier, x, labels, indices[part], len(images.classes), config.sigma,
                                *sizes, config.alpha, key, config.eval_batch)
 
-    for results in in_blocks(len(indices), len(rows), 4 * config.eval_batch // config.n, work):
+    for results in in_blocks(len(indices), len(rows), 5_000 // config.n, work):
         rows += sum(results, [])
         if RANK == 0:
             with path.open("a") as file:
