@@ -1572,6 +1572,11 @@ def one_step(path: Path) -> None:
     classifier = models.Classifier(net)
     arq.train(classifier, arq.draw_shapes(40, seed=0, size=16), list(range(40)), config, 1, 1.0, 1e-4, "base")
     arq.write_whole(path, classifier.state_dict())
+    normed = models.Classifier(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(),
+                                             nn.Linear(4 * 14 * 14, 10)))
+    arq.train(normed, arq.draw_shapes(40, seed=0, size=16), list(range(40)), config, 2, 0.1, 1e-4, "base")
+    states = arq.gather({name: value.tolist() for name, value in normed.state_dict().items()})
+    assert all(state == states[0] for state in states)  # BatchNorm's statistics, too
 
 
 def test_two_processes_step_as_one(tmp_path):
