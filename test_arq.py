@@ -1607,15 +1607,15 @@ def test_a_process_that_dies_ends_the_job_and_another_number_continues(tmp_path,
     assert "train the base, continued" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arch", ["mobilenet_v2", "resnet50"])
-def test_224_pixels_go_through_every_stage(tmp_path, monkeypatch, arch):
+def test_224_pixels_go_through_every_stage(tmp_path, monkeypatch):
+    """On MobileNetV2; ResNet-50 takes the same way, and half a minute more."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(arq, "print_expected_times", lambda *_: None)  # half of the time here
     image_tree(tmp_path / "data", sizes=((224, 224), (230, 310), (500, 180)), train=3, test=1)
     command = ("--dataset imagenet --data data --epochs 1 --batch-size 2 --search-images 2 --search-n 10 "
                "--n-p 10 --images 2 --n 10 --n0 5 --episodes 1 --episode-steps 1 --finetune-epochs 0.5 "
                "--eval-batch 2 --device cpu --out run")
-    assert arq.main(["--arch", arch, *command.split()]) == 0
+    assert arq.main(["--arch", "mobilenet_v2", *command.split()]) == 0
     results = json.loads(Path("run/results.json").read_text())
     assert results["bitops_ratio"] <= 0.015 and results["images"] == 2 and results["path"] in models.PATHS
     assert results["stages"]["search"]["forward_passes"] >= 2 + 10
