@@ -1409,6 +1409,18 @@ def test_a_restart_that_is_stopped_leaves_no_mixture(finished_run, monkeypatch, 
     assert "finished earlier" not in capsys.readouterr().out and contents(Path("mixed")) == whole
 
 
+def test_rows_beyond_the_saved_state_are_certified_again(finished_run, monkeypatch):
+    """A kill between a block's rows and its state: they are not counted twice."""
+    monkeypatch.chdir(finished_run)
+    shutil.copytree("run", "rows")
+    records = arq.read_state(Path("rows/state.pt"))
+    arithmetic = json.loads(Path("rows/results.json").read_text())["path"]
+    records["certify ARQ, test images"].update(finished=False, state=(3, arithmetic), forward_passes=3 * 220)
+    torch.save(records, "rows/state.pt")
+    assert arq.main([*SMALL, "--out", "rows"]) == 0
+    assert contents(Path("rows")) == contents(Path("run"))
+
+
 def test_ctrl_c_loses_at_most_the_episode_in_flight(finished_run, monkeypatch, capsys):
     monkeypatch.chdir(finished_run)
     calls, evaluate = [], arq.PolicyEvaluator.__call__
