@@ -872,7 +872,7 @@ def calibrate(classifier: Classifier, images: Tensor, config: Config) -> None:
     images = images[evenly_spaced(min(256, len(images)), len(images))]
     generator = torch.Generator(images.device).manual_seed(config.seed)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
-    models.calibrate(classifier, (images + config.sigma * noise).split(50))
+    models.calibrate(classifier, (images + config.sigma * noise).split(50))  # whatever --eval-batch is
 
 
 def evaluate_saved(config: Config) -> None:
@@ -974,7 +974,7 @@ def main(argv=None) -> int:
         known = "DataLoader worker", "by peer", "Broken pipe", "NCCL", "device ordinal", "memory"
         if not any(text in str(error) for text in known):
             raise
-        message = f"error: {str(error).splitlines()[0]}; the same command continues; is memory short?"
+        message = f"error: {str(error).splitlines()[0]}; the same command continues, if memory suffices"
     time.sleep(3 * (RANK > 0))  # what all processes have to say, the first says; then torchrun ends them
     print(f"arq.py: {message}", file=sys.stderr, flush=True)
     return code
