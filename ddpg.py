@@ -1,14 +1,16 @@
-"""Deep deterministic policy gradient (DDPG) for one action in [0, 1] per step, after Lillicrap et al. (2016).
+"""Deep deterministic policy gradient (DDPG) for one action in [0, 1] per step.
 
-This file stands alone (torch). Losses and networks follow the paper; settings are HAQ's (Wang et al., 2019).
+This file stands alone (torch). Losses and networks follow Lillicrap et al. (2016); the settings are
+HAQ's (Wang et al., 2019, and its code).
 
-    paper         here                meaning                              shape
-    s, a, r, s'   state, action, ...  one transition of an episode         (batch, 10), (batch, 1), (batch, 1)
-    mu(s)         actor               the policy: a network into [0, 1]    (batch, 1)
-    Q(s, a)       critic              expected return                      (batch, 1)
-    mu', Q'       *_target            slowly moving copies, moved by tau per update
-    b             baseline            moving average of the rewards, taken off the critic's targets
-    sigma_e       noise               exploration: standard deviation of a normal truncated to [0, 1]"""
+    paper         here               meaning                                      shape
+    s, a, r, s'   state, action ...  one transition of an episode                 (batch, S), (batch, 1) ...
+    mu(s)         actor              the policy, into [0, 1]                      (batch, 1)
+    Q(s, a)       critic             expected return                              (batch, 1)
+    mu', Q'       *_target           copies that move by tau per update
+    b             baseline           moving average of the rewards in mini-batches
+    sigma_e       noise              exploration: standard deviation of a normal truncated to [0, 1]
+"""
 
 import copy
 import statistics
@@ -22,8 +24,12 @@ from torch.nn import functional as F
 
 @dataclass
 class DDPGConfig:
-    """HAQ's settings but for the end of exploration: of `episodes`, `warmup_episodes` take uniformly random
-    actions; the noise then falls geometrically to `noise_final` at the last."""
+    """HAQ's settings, but for the end of exploration.
+
+    Of `episodes`, the first `warmup_episodes` take uniformly random actions; sigma_e then falls
+    geometrically from `noise` to `noise_final` at the last.
+    """
+
     hidden: int = 300
     actor_lr: float = 1e-4
     critic_lr: float = 1e-3
@@ -32,19 +38,22 @@ class DDPGConfig:
     discount: float = 1.0
     noise: float = 0.5
     noise_final: float = 0.1
-    episodes: int = 400
+    episodes: int = 600
     warmup_episodes: int = 20
     replay_episodes: int = 128
-    baseline_decay: float = 0.95
+    baseline_decay: float = 0.5
 
 
 def mlp(inputs: int, hidden: int, output: nn.Module) -> nn.Sequential:
-    """Two hidden ReLU layers, one output in the range of `output`; a small last layer starts it near 0."""
-    last = nn.Linear(hidden, 1)
-    nn.init.uniform_(last.weight, -3e-3, 3e-3)
-    nn.init.uniform_(last.bias, -3e-3, 3e-3)
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(),
-                         last, output)
+    """Two hidden ReLU layers and one output in the range of `output`."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, 1),
+        output,
+    )
 
 
 def q_value(critic: nn.Module, state: Tensor, action: Tensor) -> Tensor:
@@ -52,7 +61,7 @@ def q_value(critic: nn.Module, state: Tensor, action: Tensor) -> Tensor:
 
 
 def critic_loss(critic, critic_target, actor_target, batch, baseline, scale, discount) -> Tensor:
-    """Squared Bellman error, y = (r - b) / scale + discount * Q'(s', mu'(s')), the last term 0 when done."""
+    """Squared Bellman error, y = (r - b) / scale + discount * Q'(s', mu'(s')), without Q' at the end."""
     state, action, reward, next_state, done = batch
     with torch.no_grad():
         next_value = q_value(critic_target, next_state, actor_target(next_state))
@@ -62,26 +71,30 @@ def critic_loss(critic, critic_target, actor_target, batch, baseline, scale, dis
 
 def actor_loss(actor, critic, batch) -> Tensor:
     """The deterministic policy gradient climbs Q(s, mu(s))."""
-    return -q_value(critic, batch[0], actor(batch[0])).mean()
+    state = batch[0]
+    return -q_value(critic, state, actor(state)).mean()
 
 
 @torch.no_grad()
 def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
+    """target <- (1 - tau) target + tau source."""
     for old, new in zip(target.parameters(), source.parameters()):
         old.lerp_(new, tau)
 
 
 class Replay:
-    """Transitions (s, a, r, s', done) of the last episodes; each row is real, done marks an episode's end."""
+    """Transitions (s, a, r, s', done) of the last episodes. Each row is real; done marks an episode's end."""
+
     def __init__(self, capacity: int):
         self.episodes: deque[tuple[Tensor, ...]] = deque(maxlen=capacity)
 
     def add(self, states: Tensor, actions: Tensor, reward: float) -> None:
-        """One episode: states (T, S), actions (T, 1); its reward is given to each of its steps."""
+        """One episode: states (T, S), actions (T, 1); each of its steps gets the episode's reward."""
         next_states = torch.cat([states[1:], states[-1:]])  # the last row is masked by done
         done = torch.zeros(len(states), 1)
         done[-1] = 1
-        self.episodes.append((states, actions, torch.full_like(done, reward), next_states, done))
+        rewards = torch.full_like(done, reward)
+        self.episodes.append((states, actions, rewards, next_states, done))
 
     def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         columns = [torch.cat(column) for column in zip(*self.episodes)]
@@ -90,25 +103,27 @@ class Replay:
 
 
 class DDPG:
-    """The agent. Per episode: `act` on each state, then `learn` once with all states, actions and reward."""
-    _stateful = ("actor", "critic", "actor_target", "critic_target", "actor_optimizer", "critic_optimizer")
+    """The agent. Per episode: `act` on each state, then `learn` once with all states, actions, the reward."""
 
     def __init__(self, state_size: int, seed: int = 0, config: DDPGConfig = DDPGConfig()):
         self.config = config
         self.generator = torch.Generator().manual_seed(seed)
-        with torch.random.fork_rng(devices=[]):  # weights from our seed, the caller's generator untouched
+        with torch.random.fork_rng(devices=[]):  # leaves the caller's generator untouched
             torch.manual_seed(seed)
             self.actor = mlp(state_size, config.hidden, nn.Sigmoid())
             self.critic = mlp(state_size + 1, config.hidden, nn.Identity())
-        self.actor_target, self.critic_target = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
+        self.actor_target = copy.deepcopy(self.actor)
+        self.critic_target = copy.deepcopy(self.critic)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_lr, fused=True)
         self.replay = Replay(config.replay_episodes)
-        self.baseline, self.scale, self.episode = None, 1.0, 0
+        self.baseline = None
+        self.scale = 1.0
+        self.episode = 0
 
     @property
     def noise(self) -> float:
-        """sigma_e: after the random episodes, geometrically from `noise` to `noise_final` at the last."""
+        """sigma_e of the current episode."""
         config = self.config
         steps = max(1, config.episodes - 1 - config.warmup_episodes)
         done = min(1.0, max(0, self.episode - config.warmup_episodes) / steps)
@@ -117,20 +132,19 @@ class DDPG:
     @torch.no_grad()
     def act(self, state: Tensor) -> float:
         """Action in [0, 1] for a state (S,): uniform in warm-up, then mu(s) with truncated normal noise."""
-        if self.episode < self.config.warmup_episodes:
-            return float(torch.rand((), generator=self.generator))
-        mean = float(self.actor(state[None]))
-        # Inverse-CDF sampling of a normal truncated to [0, 1] needs one uniform draw and never rejects.
-        low, high = torch.special.ndtr((torch.tensor([0.0, 1.0]) - mean) / self.noise)
         uniform = torch.rand((), generator=self.generator)
-        return float((mean + self.noise * torch.special.ndtri(low + uniform * (high - low))).clamp(0, 1))
+        if self.episode < self.config.warmup_episodes:
+            return float(uniform)
+        mean = float(self.actor(state[None]))
+        # Inverse-CDF sampling of a normal truncated to [0, 1]: one uniform draw, nothing rejected.
+        low, high = torch.special.ndtr((torch.tensor([0.0, 1.0]) - mean) / self.noise)
+        action = mean + self.noise * torch.special.ndtri(low + uniform * (high - low))
+        return float(action.clamp(0, 1))
 
     def learn(self, states: Tensor, actions: Tensor, reward: float) -> None:
         """Store one finished episode, states (T, S) and actions (T, 1); after warming up, T updates."""
         self.replay.add(states, actions, reward)
-        decay = self.config.baseline_decay
-        self.baseline = reward if self.baseline is None else decay * self.baseline + (1 - decay) * reward
-        # The critic's unit: the standard deviation of the kept episodes' rewards, 1 while all are equal.
+        # The critic's unit: the standard deviation of the kept rewards, 1 while all are equal.
         self.scale = statistics.pstdev(float(episode[2][0]) for episode in self.replay.episodes) or 1.0
         self.episode += 1
         if self.episode >= self.config.warmup_episodes:
@@ -138,28 +152,43 @@ class DDPG:
                 self.update()
 
     def update(self) -> None:
-        batch = self.replay.sample(self.config.batch_size, self.generator)
-        loss = critic_loss(self.critic, self.critic_target, self.actor_target, batch, self.baseline,
-                           self.scale, self.config.discount)
+        """One mini-batch: the critic's step, the actor's step, the targets' step."""
+        config = self.config
+        batch = self.replay.sample(config.batch_size, self.generator)
+        # b <- decay * b + (1 - decay) * mean reward of the mini-batch
+        mean = float(batch[2].mean())
+        decay = config.baseline_decay
+        self.baseline = mean if self.baseline is None else decay * self.baseline + (1 - decay) * mean
+
+        nets = self.critic, self.critic_target, self.actor_target
+        loss = critic_loss(*nets, batch, self.baseline, self.scale, config.discount)
         self.critic_optimizer.zero_grad()
         loss.backward()
         self.critic_optimizer.step()
+
         loss = actor_loss(self.actor, self.critic, batch)
         self.actor_optimizer.zero_grad()
         loss.backward()
         self.actor_optimizer.step()
-        soft_update(self.actor_target, self.actor, self.config.tau)
-        soft_update(self.critic_target, self.critic, self.config.tau)
+
+        soft_update(self.actor_target, self.actor, config.tau)
+        soft_update(self.critic_target, self.critic, config.tau)
+
+    _stateful = ("actor", "critic", "actor_target", "critic_target", "actor_optimizer", "critic_optimizer")
 
     def state_dict(self) -> dict:
-        """Everything the next episode depends on, for an exact continuation."""
-        parts = {name: getattr(self, name).state_dict() for name in self._stateful}
-        return {**parts, "replay": list(self.replay.episodes), "baseline": self.baseline,
-                "episode": self.episode, "generator": self.generator.get_state()}
+        """Everything that the next episode depends on, for an exact continuation."""
+        state = {name: getattr(self, name).state_dict() for name in self._stateful}
+        state["replay"] = list(self.replay.episodes)
+        state["baseline"] = self.baseline
+        state["episode"] = self.episode
+        state["generator"] = self.generator.get_state()
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         for name in self._stateful:
             getattr(self, name).load_state_dict(state[name])
         self.replay.episodes = deque(state["replay"], self.config.replay_episodes)
-        self.baseline, self.episode = state["baseline"], state["episode"]
+        self.baseline = state["baseline"]
+        self.episode = state["episode"]
         self.generator.set_state(state["generator"])
