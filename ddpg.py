@@ -25,10 +25,8 @@ from torch.nn import functional as F
 @dataclass
 class DDPGConfig:
     """HAQ's settings, but for the end of exploration.
-
     Of `episodes`, the first `warmup_episodes` take uniformly random actions; sigma_e then falls
-    geometrically from `noise` to `noise_final` at the last.
-    """
+    geometrically from `noise` to `noise_final` at the last."""
 
     hidden: int = 300
     actor_lr: float = 1e-4
@@ -41,19 +39,13 @@ class DDPGConfig:
     episodes: int = 600
     warmup_episodes: int = 20
     replay_episodes: int = 128
-    baseline_decay: float = 0.5
+    baseline_rate: float = 0.5
 
 
 def mlp(inputs: int, hidden: int, output: nn.Module) -> nn.Sequential:
     """Two hidden ReLU layers and one output in the range of `output`."""
-    return nn.Sequential(
-        nn.Linear(inputs, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, hidden),
-        nn.ReLU(),
-        nn.Linear(hidden, 1),
-        output,
-    )
+    first, second, last = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last, output)
 
 
 def q_value(critic: nn.Module, state: Tensor, action: Tensor) -> Tensor:
@@ -71,8 +63,7 @@ def critic_loss(critic, critic_target, actor_target, batch, baseline, scale, dis
 
 def actor_loss(actor, critic, batch) -> Tensor:
     """The deterministic policy gradient climbs Q(s, mu(s))."""
-    state = batch[0]
-    return -q_value(critic, state, actor(state)).mean()
+    return -q_value(critic, batch[0], actor(batch[0])).mean()
 
 
 @torch.no_grad()
@@ -93,13 +84,12 @@ class Replay:
         next_states = torch.cat([states[1:], states[-1:]])  # the last row is masked by done
         done = torch.zeros(len(states), 1)
         done[-1] = 1
-        rewards = torch.full_like(done, reward)
-        self.episodes.append((states, actions, rewards, next_states, done))
+        self.episodes.append((states, actions, torch.full_like(done, reward), next_states, done))
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    def sample(self, batch_size: int, generator: torch.Generator) -> list[Tensor]:
         columns = [torch.cat(column) for column in zip(*self.episodes)]
         rows = torch.randint(len(columns[0]), (batch_size,), generator=generator)
-        return tuple(column[rows] for column in columns)
+        return [column[rows] for column in columns]
 
 
 class DDPG:
@@ -112,14 +102,11 @@ class DDPG:
             torch.manual_seed(seed)
             self.actor = mlp(state_size, config.hidden, nn.Sigmoid())
             self.critic = mlp(state_size + 1, config.hidden, nn.Identity())
-        self.actor_target = copy.deepcopy(self.actor)
-        self.critic_target = copy.deepcopy(self.critic)
+        self.actor_target, self.critic_target = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_lr, fused=True)
         self.replay = Replay(config.replay_episodes)
-        self.baseline = None
-        self.scale = 1.0
-        self.episode = 0
+        self.baseline, self.scale, self.episode = None, 1.0, 0
 
     @property
     def noise(self) -> float:
@@ -155,22 +142,21 @@ class DDPG:
         """One mini-batch: the critic's step, the actor's step, the targets' step."""
         config = self.config
         batch = self.replay.sample(config.batch_size, self.generator)
-        # b <- decay * b + (1 - decay) * mean reward of the mini-batch
+        # b moves half of the way to the mini-batch's mean reward
         mean = float(batch[2].mean())
-        decay = config.baseline_decay
-        self.baseline = mean if self.baseline is None else decay * self.baseline + (1 - decay) * mean
+        self.baseline = (
+            mean if self.baseline is None else self.baseline + config.baseline_rate * (mean - self.baseline)
+        )
 
         nets = self.critic, self.critic_target, self.actor_target
         loss = critic_loss(*nets, batch, self.baseline, self.scale, config.discount)
         self.critic_optimizer.zero_grad()
         loss.backward()
         self.critic_optimizer.step()
-
         loss = actor_loss(self.actor, self.critic, batch)
         self.actor_optimizer.zero_grad()
         loss.backward()
         self.actor_optimizer.step()
-
         soft_update(self.actor_target, self.actor, config.tau)
         soft_update(self.critic_target, self.critic, config.tau)
 
@@ -178,17 +164,13 @@ class DDPG:
 
     def state_dict(self) -> dict:
         """Everything that the next episode depends on, for an exact continuation."""
-        state = {name: getattr(self, name).state_dict() for name in self._stateful}
-        state["replay"] = list(self.replay.episodes)
-        state["baseline"] = self.baseline
-        state["episode"] = self.episode
-        state["generator"] = self.generator.get_state()
-        return state
+        parts = {name: getattr(self, name).state_dict() for name in self._stateful}
+        rest = {"baseline": self.baseline, "episode": self.episode, "generator": self.generator.get_state()}
+        return {**parts, **rest, "replay": list(self.replay.episodes)}
 
     def load_state_dict(self, state: dict) -> None:
         for name in self._stateful:
             getattr(self, name).load_state_dict(state[name])
         self.replay.episodes = deque(state["replay"], self.config.replay_episodes)
-        self.baseline = state["baseline"]
-        self.episode = state["episode"]
+        self.baseline, self.episode = state["baseline"], state["episode"]
         self.generator.set_state(state["generator"])

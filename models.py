@@ -1,21 +1,17 @@
 """Networks, the quantizer, and what a bit-width policy costs.
 
-A policy is plain data, {layer name: [w_bits, a_bits]}, as in policy.json.
-
     table = quantize_model(classifier, image_size)       # every layer becomes a QuantLayer, in place
     calibrate(classifier, batches)                       # step sizes for every bit-width
-    set_policy(classifier, uniform_policy(table, 4))     # bit-widths change at any time
-    ...                                                  # train: QuantLayer simulates the bits
+    set_policy(classifier, uniform_policy(table, 4))     # bit-widths change at any time; then train
     network = integer_network(classifier)                # what is evaluated and certified
     data = pack_model(classifier, table, description)    # the same integers as a file
 
-    paper       here                 meaning                                            shape
-    b_w, b_a    w_bits, a_bits       bit-widths of a layer's weights and of its input   2..8, or both 32 (float)
-    s           step                 learned step size                                  (c_out,) or ()
-    q           integers(v)          round(v / s), clipped to [q_min, q_max]            as v
-    MACs[l]     Layer.macs           multiply-accumulates of a layer per image
-    BitOPs(P)   bitops               sum over layers of MACs * w_bits * a_bits
-    size(P)     size_bytes           sum over layers of weights * w_bits, in bytes
+    paper       here              meaning                                              shape
+    P           policy            {layer name: [w_bits, a_bits]}, as in policy.json
+    b_w, b_a    w_bits, a_bits    bit-widths of a layer's weights and of its input     2..8, or both 32
+    s           step              learned step size                                    (c_out,) or ()
+    q           integers(v)       round(v / s), clipped to [q_min, q_max]              as v
+    MACs[l]     Layer.macs        multiply-accumulates of a layer per image
 
 Sources: LSQ (Esser et al., ICLR 2020), learned steps; He et al. (2016), section 4.2, CIFAR ResNets.
 """
@@ -27,9 +23,9 @@ import json
 import math
 import operator
 import struct
+from collections import namedtuple
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torchvision
@@ -43,17 +39,15 @@ Policy = dict[str, list[int]]
 
 
 # ---- networks ----
-
-CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean, standard deviation
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class PaddedShortcut(nn.Module):
     """Option A: every second pixel, and channels of zeros on both sides, instead of a 1x1 convolution."""
 
     def forward(self, x: Tensor) -> Tensor:
-        added = x.shape[1] // 2
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, added, added))
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, x.shape[1] // 2, x.shape[1] // 2))
 
 
 class CifarResNet(nn.Module):
@@ -61,38 +55,33 @@ class CifarResNet(nn.Module):
 
     def __init__(self, depth: int, num_classes: int, option_a: bool = False):
         super().__init__()
-        blocks = (depth - 2) // 6
+
+        def shortcut(c_in: int, c_out: int) -> nn.Module:
+            conv = nn.Conv2d(c_in, c_out, 1, 2, bias=False)
+            return PaddedShortcut() if option_a else nn.Sequential(conv, nn.BatchNorm2d(c_out))
+
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*[BasicBlock(16, 16) for _ in range(blocks)])
-        self.layer2 = self._stage(16, 32, blocks, option_a)
-        self.layer3 = self._stage(32, 64, blocks, option_a)
+        self.layer1 = nn.Sequential(BasicBlock(16, 16))
+        self.layer2 = nn.Sequential(BasicBlock(16, 32, 2, shortcut(16, 32)))
+        self.layer3 = nn.Sequential(BasicBlock(32, 64, 2, shortcut(32, 64)))
+        for channels, layer in ((16, self.layer1), (32, self.layer2), (64, self.layer3)):
+            layer.extend([BasicBlock(channels, channels) for _ in range((depth - 2) // 6 - 1)])
         self.fc = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    @staticmethod
-    def _stage(c_in: int, c_out: int, blocks: int, option_a: bool) -> nn.Sequential:
-        """Blocks of which the first halves the image."""
-        shortcut = PaddedShortcut()
-        if not option_a:
-            shortcut = nn.Sequential(nn.Conv2d(c_in, c_out, 1, 2, bias=False), nn.BatchNorm2d(c_out))
-        first = BasicBlock(c_in, c_out, 2, shortcut)
-        return nn.Sequential(first, *[BasicBlock(c_out, c_out) for _ in range(blocks - 1)])
-
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer1(x)
-        x = self.layer2(x)
-        x = self.layer3(x)
+        x = self.layer3(self.layer2(self.layer1(x)))
         return self.fc(x.mean((2, 3)))
 
 
 class Classifier(nn.Module):
     """Images in [0, 1], noisy or not, to logits: normalisation, then the network `net`."""
 
-    def __init__(self, net: nn.Module, mean=CIFAR10_MEAN, std=CIFAR10_STD):
+    def __init__(self, net: nn.Module, mean=CIFAR10[0], std=CIFAR10[1]):
         super().__init__()
         self.net = net
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
@@ -102,33 +91,22 @@ class Classifier(nn.Module):
         return self.net((x - self.mean) / self.std)
 
 
-# Another network is another line: a constructor that takes num_classes.
+# Another network is another line: its constructor, which takes num_classes, and its usual normalisation.
 NETWORKS = {
-    "resnet8": functools.partial(CifarResNet, 8),
-    "resnet20": functools.partial(CifarResNet, 20),
-    "resnet32": functools.partial(CifarResNet, 32),
-    "resnet44": functools.partial(CifarResNet, 44),
-    "resnet56": functools.partial(CifarResNet, 56),
-    "resnet110": functools.partial(CifarResNet, 110),
-    "resnet18": torchvision.models.resnet18,
-    "resnet50": torchvision.models.resnet50,
-    "mobilenet_v2": torchvision.models.mobilenet_v2,
+    "resnet18": (torchvision.models.resnet18, IMAGENET),
+    "resnet50": (torchvision.models.resnet50, IMAGENET),
+    "mobilenet_v2": (torchvision.models.mobilenet_v2, IMAGENET),
 }
+for depth in (8, 20, 32, 44, 56, 110):
+    NETWORKS[f"resnet{depth}"] = (functools.partial(CifarResNet, depth), CIFAR10)
 
 
-def is_cifar_resnet(arch: str) -> bool:
-    return isinstance(NETWORKS[arch], functools.partial)
-
-
-def build_classifier(arch: str, num_classes: int, mean=None, std=None, option_a: bool = False) -> Classifier:
+def build_classifier(arch: str, num_classes: int, mean=None, std=None, **options) -> Classifier:
     """A float Classifier by name, normalised as is usual for it unless mean and std are given."""
     if arch not in NETWORKS:
         raise ValueError(f"unknown network {arch!r}; there are {', '.join(NETWORKS)}")
-    if is_cifar_resnet(arch):
-        net = NETWORKS[arch](num_classes=num_classes, option_a=option_a)
-        return Classifier(net, mean or CIFAR10_MEAN, std or CIFAR10_STD)
-    net = NETWORKS[arch](num_classes=num_classes)
-    return Classifier(net, mean or IMAGENET_MEAN, std or IMAGENET_STD)
+    constructor, usual = NETWORKS[arch]
+    return Classifier(constructor(num_classes=num_classes, **options), mean or usual[0], std or usual[1])
 
 
 def load_pretrained(classifier: Classifier, arch: str) -> None:
@@ -137,9 +115,8 @@ def load_pretrained(classifier: Classifier, arch: str) -> None:
     try:
         state = weights.get_state_dict(progress=False, check_hash=True)
     except (OSError, RuntimeError) as error:  # no network; a download that was cut
-        place = f"{torch.hub.get_dir()}/checkpoints"
-        message = f"{weights.url} could not be downloaded ({error}); put that file into {place}"
-        raise ValueError(message) from None
+        place = f"put that file into {torch.hub.get_dir()}/checkpoints"
+        raise ValueError(f"{weights.url} could not be downloaded ({error}); {place}") from None
     own = classifier.net.state_dict()
     own.update({name: value for name, value in state.items() if value.shape == own[name].shape})
     classifier.net.load_state_dict(own)
@@ -147,51 +124,40 @@ def load_pretrained(classifier: Classifier, arch: str) -> None:
 
 def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None) -> Classifier:
     """A float Classifier from a file in a layout in public use; mean and std override what that implies.
-
-    Taken: a bare state dict; {"state_dict": ...} with prefixes `module.` and `1.` (behind a normalise
-    layer) in any order; bases trained by arq.py; CIFAR ResNets with shortcuts named `shortcut`, or none
-    (option A), whose last layer is `linear`, trained with ImageNet's normalisation. Raises ValueError
-    for others, saying why.
-    """
+    Taken: a bare state dict; {"state_dict": ...} with prefixes `module.` and `1.` (behind a normalise layer)
+    in any order; bases trained by arq.py; CIFAR ResNets with shortcuts named `shortcut`, or none (option A),
+    whose last layer is `linear`, trained with ImageNet's normalisation. Raises ValueError for others."""
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for files that are no checkpoints
-        reason = str(error).splitlines()[0][:60]
-        raise ValueError(
-            f"{path}: not a PyTorch checkpoint of tensors and plain values; save its state_dict alone ({reason})"
-        ) from None
+        reason = f"save its state_dict alone ({str(error).splitlines()[0][:60]})"
+        raise ValueError(f"{path}: not a PyTorch checkpoint of tensors and plain values; {reason}") from None
     state = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
     state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if "mean" in state and "std" in state:  # a base that arq.py trained
-        mean = mean or state.pop("mean").flatten().tolist()
-        std = std or state.pop("std").flatten().tolist()
-        state = {key: value for key, value in state.items() if key not in ("mean", "std")}
+    if {"mean", "std"} <= state.keys():  # a base that arq.py trained
+        own_mean, own_std = (state.pop(name).flatten().tolist() for name in ("mean", "std"))
+        mean, std = mean or own_mean, std or own_std
     for prefix in ("module.", "1.", "module.", "net."):
         # `0.` holds the numbers of a normalise layer in front.
         if state and all(key.startswith((prefix, "0.")) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key[:2] != "0."}
-    option_a = is_cifar_resnet(arch) and not any(
-        ".shortcut." in key or ".downsample." in key for key in state
-    )
-    if option_a and "linear.weight" in state:
-        mean, std = mean or IMAGENET_MEAN, std or IMAGENET_STD
-    names = {key: key.replace("linear.", "fc.").replace(".shortcut.", ".downsample.") for key in state}
-    state = {names[key]: value for key, value in state.items()}
-    classifier = build_classifier(arch, num_classes, mean, std, option_a)
+    renamed = {key: key.replace("linear.", "fc.").replace(".shortcut.", ".downsample.") for key in state}
+    options = {}
+    if NETWORKS[arch][1] is CIFAR10 and not any("downsample" in key for key in renamed.values()):
+        options["option_a"] = True
+        if "linear.weight" in state:
+            mean, std = mean or IMAGENET[0], std or IMAGENET[1]
+    classifier = build_classifier(arch, num_classes, mean, std, **options)
     try:
-        classifier.net.load_state_dict(state)
+        classifier.net.load_state_dict({renamed[key]: value for key, value in state.items()})
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:80]
-        raise ValueError(
-            f"{path} does not hold a {arch} with {num_classes} classes; "
-            f"give the --arch it was trained with ({reason})"
-        ) from None
+        wrong = f"{path} does not hold a {arch} with {num_classes} classes"
+        raise ValueError(f"{wrong}; give the --arch it was trained with ({reason})") from None
     return classifier
 
 
 # ---- quantizer ----
-
-
 def integer_range(bits: int, signed: bool, symmetric: bool = False) -> tuple[int, int]:
     """[q_min, q_max]: 0..2^b - 1 unsigned, -2^(b-1)..2^(b-1) - 1 signed, without the lowest if symmetric."""
     if not signed:
@@ -207,10 +173,8 @@ def quantize(v: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
 
 class FakeQuantize(torch.autograd.Function):
     """step * round(clip(v / step)) with LSQ's gradients (Esser et al., section 2.1).
-
     For v: 1 inside the clip range, else 0. For the step: q - v/step inside and q outside, times
-    1 / sqrt(N Q), with N elements per step (of one sample, for an input) and Q = q_max.
-    """
+    1 / sqrt(N Q), with N elements per step (of one sample, for an input) and Q = q_max."""
 
     @staticmethod
     def forward(ctx, v, step, q_min, q_max, elements):
@@ -225,8 +189,7 @@ class FakeQuantize(torch.autograd.Function):
         scaled, step = ctx.saved_tensors
         q_min, q_max = ctx.range
         q = torch.round(scaled).clamp_(q_min, q_max)
-        inside = (scaled >= q_min) & (scaled <= q_max)
-        grad_v = grad * inside
+        grad_v = grad * ((scaled >= q_min) & (scaled <= q_max))
         grad_step = torch.addcmul(grad * q, grad_v, scaled, value=-1).sum_to_size(step.shape)
         return grad_v, grad_step * ctx.gradient_scale, None, None, None
 
@@ -236,49 +199,41 @@ def best_step(v: Tensor, q_min: int, q_max: int) -> Tensor:
     """Step with the least squared quantization error for each row of v (rows, elements): (rows,)."""
     largest = v.abs().amax(1, keepdim=True).clamp_min(1e-8)
     steps = [fraction * largest / q_max for fraction in torch.linspace(0.15, 1.0, 32).tolist()]
-    errors = []
-    for step in steps:
-        error = quantize(v, step, q_min, q_max) * step - v
-        errors.append(error.square_().sum(1, keepdim=True))
+    errors = [(quantize(v, step, q_min, q_max) * step - v).square_().sum(1, keepdim=True) for step in steps]
     best = torch.cat(errors, 1).argmin(1, keepdim=True)
     return torch.cat(steps, 1).gather(1, best).squeeze(1)
 
 
 class LSQ(nn.Module):
     """The quantizer of one operand: learned step sizes, simulated bits in training.
+    channels: of a weight, which has a step per output channel and a symmetric range; None for an input,
+    which has one step. Another quantizer is a subclass with its own `initial_step` and `forward`."""
 
-    channels: of a weight, which has one step per output channel and a symmetric range; None for an
-    input, which has one step. Another quantizer is a subclass with its own `initial_step` and
-    `forward`, handed to `quantize_model`.
-    """
+    initial_step = staticmethod(best_step)  # (v (rows, elements), q_min, q_max) -> (rows,)
 
     def __init__(self, channels: int | None = None):
         super().__init__()
-        shape = () if channels is None else (channels,)
+        self.is_weight, self.bits = channels is not None, FLOAT_BITS
+        self.register_buffer("signed", torch.tensor(self.is_weight))  # of an input: found by `calibrate`
+        shape = (channels,) if self.is_weight else ()
         self.step = nn.Parameter(torch.ones(shape))
         self.register_buffer("initial_steps", torch.zeros(MAX_BITS + 1, *shape))  # by bit-width
-        self.symmetric = channels is not None
-        self.signed = channels is not None  # of an input: found by `calibrate`
-        self.bits = FLOAT_BITS
-
-    initial_step = staticmethod(best_step)  # (v (rows, elements), q_min, q_max) -> (rows,)
 
     @torch.no_grad()
     def observe(self, v: Tensor) -> None:
         """Find the initial step for every bit-width from values v (rows, elements), one row per step."""
         for bits in range(MIN_BITS, MAX_BITS + 1):
-            step = self.initial_step(v, *integer_range(bits, self.signed, self.symmetric))
+            step = self.initial_step(v, *integer_range(bits, bool(self.signed), self.is_weight))
             self.initial_steps[bits] = step.view(self.step.shape)
 
     def set_bits(self, bits: int) -> None:
         """Change the bit-width, and start at its initial step. Raises ValueError before `calibrate`."""
+        if bits != FLOAT_BITS:
+            if not self.initial_steps[bits].all():
+                raise ValueError("no step sizes yet: call calibrate(classifier, batches) before set_policy")
+            self.q_min, self.q_max = integer_range(bits, bool(self.signed), self.is_weight)
+            self.step.data.copy_(self.initial_steps[bits])
         self.bits = bits
-        if bits == FLOAT_BITS:
-            return
-        if not self.initial_steps[bits].all():
-            raise ValueError("no step sizes yet: call calibrate(classifier, batches) before set_policy")
-        self.q_min, self.q_max = integer_range(bits, self.signed, self.symmetric)
-        self.step.data.copy_(self.initial_steps[bits])
 
     def forward(self, v: Tensor) -> Tensor:
         """v (channels or B, ...) as its integers say, with gradients for v and the step."""
@@ -292,85 +247,58 @@ class LSQ(nn.Module):
 
     def step_for(self, v: Tensor) -> Tensor:
         """The step, shaped to divide v."""
-        return self.step.view(-1, *[1] * (v.ndim - 1)) if self.symmetric else self.step
-
-    def get_extra_state(self) -> bool:  # carries `signed` in the state dict
-        return self.signed
-
-    def set_extra_state(self, signed: bool) -> None:
-        self.signed = signed
+        return self.step.view(-1, *[1] * (v.ndim - 1)) if self.is_weight else self.step
 
 
 class QuantLayer(nn.Module):
     """A convolution or linear layer with its BatchNorm; quantizes its own weights and its own input.
-
-    At 32 bits it is the float layer. At fewer it simulates them, with BatchNorm in float; `freeze`
-    gives the integers.
-    """
+    At 32 bits it is the float layer. At fewer it simulates them, with BatchNorm in float."""
 
     def __init__(self, layer: nn.Module, norm: nn.Module, in_shape: tuple, quantizer=LSQ):
         super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias
-        self.norm = norm
-        self.in_shape = (*in_shape, 1, 1)[:3]
-        self.conv = None  # a linear layer
-        if isinstance(layer, nn.Conv2d):
-            names = "stride", "padding", "dilation", "groups"
-            self.conv = {name: getattr(layer, name) for name in names}
-        self.weight_quantizer = quantizer(len(layer.weight))
-        self.input_quantizer = quantizer()
-
-    w_bits = property(lambda self: self.weight_quantizer.bits)
-    a_bits = property(lambda self: self.input_quantizer.bits)
+        self.weight, self.bias, self.norm = layer.weight, layer.bias, norm
+        self.is_linear, self.in_shape = isinstance(layer, nn.Linear), (*in_shape, 1, 1)[:3]
+        as_conv = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}  # a linear layer
+        self.conv = {name: getattr(layer, name, value) for name, value in as_conv.items()}
+        self.weight_quantizer, self.input_quantizer = quantizer(len(layer.weight)), quantizer()
+        self.w_bits = self.a_bits = FLOAT_BITS
 
     def set_bits(self, w_bits: int, a_bits: int) -> None:
         """Change the bit-widths; step sizes start anew."""
         self.weight_quantizer.set_bits(w_bits)
         self.input_quantizer.set_bits(a_bits)
+        self.w_bits, self.a_bits = w_bits, a_bits
 
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight_quantizer(self.weight)
         a = self.input_quantizer(x)
-        out = F.linear(a, w, self.bias) if self.conv is None else F.conv2d(a, w, self.bias, **self.conv)
+        out = F.linear(a, w, self.bias) if self.is_linear else F.conv2d(a, w, self.bias, **self.conv)
         return self.norm(out)
 
     @torch.no_grad()
     def freeze(self) -> "Integers":
-        """The layer as integers and one epilogue per channel: steps, bias and BatchNorm folded in.
-
-        norm(conv(a, w) + bias) with a = s_a q_a and w = s_w q_w is acc * scale + shift, acc = conv(q_a, q_w).
-        """
-        w, a = self.weight_quantizer, self.input_quantizer
+        """norm(conv(a, w) + bias) with a = s_a q_a, w = s_w q_w as conv(q_a, q_w) * scale + shift."""
+        w, a, norm = self.weight_quantizer, self.input_quantizer, self.norm
         scale = w.step * a.step
-        shift = torch.zeros_like(scale) if self.bias is None else self.bias
-        if not isinstance(self.norm, nn.Identity):
-            gain = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
-            scale = scale * gain
-            shift = (shift - self.norm.running_mean) * gain + self.norm.bias
+        shift = torch.zeros_like(scale) if self.bias is None else self.bias.detach()
+        if not isinstance(norm, nn.Identity):
+            gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+            scale, shift = scale * gain, (shift - norm.running_mean) * gain + norm.bias
         weight = w.integers(self.weight).to(torch.int8)
-        step = a.step.detach()
-        return Integers(weight, step, scale, shift, w.bits, a.bits, a.signed, self.conv, self.in_shape)
+        weight = weight[:, :, None, None] if self.is_linear else weight
+        of = weight, a.step.detach(), scale, shift, w.bits, a.bits, bool(a.signed)
+        return Integers(*of, self.conv, self.in_shape)
 
 
-class Integers(NamedTuple):
-    """A frozen layer as data: what is packed, and what every backend runs."""
-
-    weight: Tensor  # int8, in the float layer's shape
-    a_step: Tensor  # (), step size of the input
-    scale: Tensor  # (c_out,)
-    shift: Tensor  # (c_out,)
-    w_bits: int
-    a_bits: int
-    signed: bool  # whether the input is
-    conv: dict | None  # stride, padding, dilation, groups; None for a linear layer
-    in_shape: tuple[int, int, int]  # of one input
+# A frozen layer as data: what is packed, what every backend runs. weight: int8 (c_out, c_in / groups, h, w),
+# of a linear layer as a 1x1 convolution; a_step: (); scale, shift: (c_out,); conv: stride and so on.
+FIELDS = "weight a_step scale shift w_bits a_bits signed conv in_shape"
+Integers = namedtuple("Integers", FIELDS)
 
 
 class IntegerLayer(nn.Module):
-    """A frozen layer in plain float32 arithmetic: out = conv(round(x / a_step), weight) * scale + shift.
-
-    float32 holds integers exactly below 2^24; where a sum can get larger, channels are summed in parts.
-    """
+    """A frozen layer in plain float arithmetic: out = conv(round(x / a_step), weight) * scale + shift.
+    float32 holds integers exactly below 2^24; a layer whose sums can get larger takes float64."""
 
     backend = "float32"
 
@@ -378,77 +306,46 @@ class IntegerLayer(nn.Module):
         super().__init__()
         for name in ("weight", "a_step", "scale", "shift"):
             self.register_buffer(name, getattr(integers, name).clone())
-        self.w_bits, self.a_bits, self.signed = integers[4:7]
-        self.conv, self.in_shape = integers[7:]
+        self.w_bits, self.a_bits, self.signed, self.conv, self.in_shape = integers[4:]
         self.q_min, self.q_max = integer_range(self.a_bits, self.signed)
+        largest = max(-self.q_min, self.q_max) * self.weight.flatten(1).double().abs().sum(1).max()
+        self.sum_type = torch.float32 if largest < 2**24 else torch.float64
 
     def freeze(self) -> Integers:
-        tensors = self.weight, self.a_step, self.scale, self.shift
-        return Integers(*tensors, self.w_bits, self.a_bits, self.signed, self.conv, self.in_shape)
+        return Integers(*(getattr(self, name) for name in Integers._fields))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x if self.conv else x[:, :, None, None]
-        acc = self.accumulate(quantize(x, self.a_step, self.q_min, self.q_max))
+        q = quantize(x, self.a_step, self.q_min, self.q_max)
+        acc = self.accumulate(q[:, :, None, None] if x.ndim == 2 else q)
         out = acc.mul_(self.scale[:, None, None]).add_(self.shift[:, None, None])
-        return out if self.conv else out.flatten(1)
+        return out.flatten(1) if x.ndim == 2 else out
 
     def accumulate(self, q: Tensor) -> Tensor:
         """conv(q, weight) for integers q given as floats: exact, rounded to float32 once."""
-        parts = self.kernel.float().split(self.channels_per_part, 1)
-        if len(parts) == 1:
-            return F.conv2d(q, parts[0], **self.conv or {})
-        pairs = zip(q.split(self.channels_per_part, 1), parts)
-        return sum(F.conv2d(some, part, **self.conv or {}).to(torch.int32) for some, part in pairs).float()
-
-    @property
-    def kernel(self) -> Tensor:
-        """The integer weights of a convolution, (c_out, c_in / groups, height, width)."""
-        return self.weight if self.conv else self.weight[:, :, None, None]
-
-    @functools.cached_property
-    def channels_per_part(self) -> int:
-        """As many input channels as keep every partial sum below 2^24."""
-        largest = self.kernel.double().abs().sum((2, 3)) * max(-self.q_min, self.q_max)  # c_out, c_in
-        size = largest.shape[1]
-        while max(part.sum(1).max() for part in largest.split(size, 1)) >= 2**24:
-            size -= 1
-        return size
+        return F.conv2d(q.to(self.sum_type), self.weight.to(self.sum_type), **self.conv).float()
 
 
 def is_exact(layer: IntegerLayer, batch: int) -> bool:
-    """Whether the layer's sums are those of integer arithmetic on its device, on random and extreme inputs."""
+    """Whether the layer's sums on its device are those of integers, for random and extreme inputs."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(layer.q_min, layer.q_max + 1, (2, *layer.in_shape), generator=generator)
-    half = (layer.in_shape[1] + 1) // 2
-    q[1, :, half:] = layer.q_min
-    q[1, :, :half] = layer.q_max
-    exact = F.conv2d(q.double(), layer.kernel.double().cpu(), **layer.conv or {}).float()
-    copies = max(1, batch // 2)
+    q[1, :, (layer.in_shape[1] + 1) // 2 :] = layer.q_min
+    q[1, :, : (layer.in_shape[1] + 1) // 2] = layer.q_max
+    exact = F.conv2d(q.double(), layer.weight.double().cpu(), **layer.conv).float()
     q = q.float().to(layer.weight.device, memory_format=torch.channels_last)
+    copies = max(1, batch // 2), 1, 1, 1
     try:
-        found = layer.accumulate(q.repeat(copies, 1, 1, 1)).cpu()
+        return torch.equal(layer.accumulate(q.repeat(copies)).cpu(), exact.repeat(copies))
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:  # not on this device
+    except (RuntimeError, TypeError):  # not on this device
         return False
-    return torch.equal(found, exact.repeat(copies, 1, 1, 1))
 
 
 # ---- the layer table and what a policy costs ----
-
-
-class Layer(NamedTuple):
-    """One row of the layer table, in order of execution."""
-
-    name: str  # module path inside `classifier.net`, or inside the module itself
-    c_in: int
-    c_out: int
-    kernel: int  # one side
-    stride: int
-    map_size: int  # one side of the input
-    weights: int
-    macs: int
-    depthwise: bool
+# One row of the layer table, in order of execution; kernel, stride and map_size (the input's) count one side;
+# name: the module's path inside `classifier.net`, or inside the module itself.
+Layer = namedtuple("Layer", "name c_in c_out kernel stride map_size weights macs depthwise")
 
 
 @torch.no_grad()
@@ -457,20 +354,13 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
 
     Layers, shapes and BatchNorms are read off one forward pass at (3, image_size, image_size). quantizer:
     a class as LSQ. Returns the layer table. Raises ValueError unless each layer runs exactly once and 32
-    bits compute what the float network did.
-    """
+    bits compute what the float network did."""
     body = getattr(classifier, "net", classifier)
     names = {module: name for name, module in body.named_modules()}
     layers = [module for module in names if isinstance(module, (nn.Conv2d, nn.Linear))]
-    norms = [
-        module
-        for module in names
-        if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
-        and module.affine
-        and module.track_running_stats
-    ]
-    calls = []  # (layer, input, output) as they run
-    norm_of = {}  # layer -> its BatchNorm
+    norms = [module for module in names if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    norms = [module for module in norms if module.affine and module.track_running_stats]
+    calls, norm_of = [], {}  # (layer, input, output) as they run; layer -> its BatchNorm
 
     def record(module, inputs, output):
         if isinstance(module, (nn.Conv2d, nn.Linear)):
@@ -479,17 +369,14 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
             norm_of.update({layer: module for layer, _, out in calls if out is inputs[0]})
 
     hooks = [module.register_forward_hook(record) for module in layers + norms]
-    was_training = classifier.training
-    device = next(classifier.parameters()).device
+    was_training, device = classifier.training, next(classifier.parameters()).device
     probe = torch.rand(1, 3, image_size, image_size, device=device)
     expected = classifier.eval()(probe)
     for hook in hooks:
         hook.remove()
     ran = [names[module] for module, x, _ in calls if x.ndim == 2 or not isinstance(module, nn.Linear)]
     if sorted(ran) != sorted(names[module] for module in layers):
-        raise ValueError(
-            "each layer must run exactly once per forward pass, linear ones on (batch, features)"
-        )
+        raise ValueError("each layer must run exactly once per pass, linear ones on (batch, features)")
     table = []
     for module, x, out in calls:
         norm = norm_of.get(module, nn.Identity())
@@ -497,48 +384,33 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
         body.set_submodule(names[module], layer)
         if module in norm_of:
             body.set_submodule(names[norm], nn.Identity())
-        table.append(_table_row(names[module], module, layer, x, out))
+        kernel = 1 if layer.is_linear else module.kernel_size[0]
+        shape = x.shape[1], out.shape[1], kernel, layer.conv["stride"][0], layer.in_shape[-1]
+        weights, depthwise = module.weight.numel(), layer.conv["groups"] == x.shape[1] > 1
+        macs = weights * out[0, 0].numel()  # weights times output positions
+        table.append(Layer(names[module], *shape, weights, macs, depthwise))
     if not torch.equal(classifier(probe), expected):
-        raise ValueError(
-            "BatchNorm cannot be folded: a convolution's output is used before it or changed in place, "
-            "or a convolution does not pad with zeros"
-        )
+        reasons = "a convolution's output is used before it or changed in place, or is not padded with zeros"
+        raise ValueError(f"BatchNorm cannot be folded: {reasons}")
     classifier.train(was_training)
     return table
-
-
-def _table_row(name: str, module: nn.Module, layer: QuantLayer, x: Tensor, out: Tensor) -> Layer:
-    return Layer(
-        name=name,
-        c_in=x.shape[1],
-        c_out=out.shape[1],
-        kernel=module.kernel_size[0] if layer.conv else 1,
-        stride=module.stride[0] if layer.conv else 1,
-        map_size=layer.in_shape[-1],
-        weights=module.weight.numel(),
-        macs=module.weight.numel() * out[0, 0].numel(),  # weights * output positions
-        depthwise=bool(layer.conv) and layer.conv["groups"] == x.shape[1] > 1,
-    )
 
 
 def quant_layers(classifier: nn.Module) -> dict[str, QuantLayer | IntegerLayer]:
     """The quantizable layers, or what they were frozen to, by name."""
     body = getattr(classifier, "net", classifier)
-    kinds = QuantLayer, IntegerLayer
-    return {name: module for name, module in body.named_modules() if isinstance(module, kinds)}
+    return {name: m for name, m in body.named_modules() if isinstance(m, (QuantLayer, IntegerLayer))}
 
 
 def set_policy(classifier: nn.Module, policy: Policy) -> None:
-    """Set every layer's bit-widths. Raises ValueError unless the policy names exactly the network's layers."""
+    """Set every layer's bit-widths. Raises ValueError unless the policy names exactly the layers."""
     layers = quant_layers(classifier)
     if layers.keys() != policy.keys():
-        differ = sorted(layers.keys() ^ policy.keys())
-        raise ValueError(f"the policy's layers are others: {differ[:3]} ...")
+        raise ValueError(f"the policy's layers are others: {sorted(layers.keys() ^ policy.keys())[:3]} ...")
     for name, (w_bits, a_bits) in policy.items():
         quantized = MIN_BITS <= w_bits <= MAX_BITS and MIN_BITS <= a_bits <= MAX_BITS
         if not quantized and not w_bits == a_bits == FLOAT_BITS:
-            allowed = f"{MIN_BITS} to {MAX_BITS} bits, or both {FLOAT_BITS}"
-            raise ValueError(f"layer {name}: bit-widths are {allowed}, not {w_bits} and {a_bits}")
+            raise ValueError(f"layer {name}: bit-widths are 2 to 8, or both 32, not {w_bits} and {a_bits}")
     for name, bits in policy.items():
         layers[name].set_bits(*bits)
 
@@ -556,28 +428,25 @@ def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65
 
     batches: images (B, 3, H, W) as the network will see them, noise included. Steps have the least
     squared error on the weights and on about `values` inputs per layer. An input is unsigned if none of
-    its values is below zero. Leaves all layers at 32 bits, in evaluation mode.
-    """
+    its values is below zero. Leaves all layers at 32 bits, in evaluation mode."""
     layers = quant_layers(classifier).values()
     seen: dict[QuantLayer, list[Tensor]] = {layer: [] for layer in layers}
-    signed = dict.fromkeys(layers, False)
 
     def keep(layer, inputs):
         flat = inputs[0].flatten()
-        stride = max(1, len(flat) * len(batches) // values)
-        signed[layer] |= bool((flat < 0).any())
-        seen[layer].append(flat[::stride].clone())
+        layer.input_quantizer.signed |= (flat < 0).any()
+        seen[layer].append(flat[:: max(1, len(flat) * len(batches) // values)].clone())
 
-    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
     classifier.eval()
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
     for layer in layers:
         layer.set_bits(FLOAT_BITS, FLOAT_BITS)
+        layer.input_quantizer.signed.fill_(False)
     for batch in batches:
         classifier(batch)
     for hook in hooks:
         hook.remove()
     for layer in layers:
-        layer.input_quantizer.signed = signed[layer]
         layer.input_quantizer.observe(torch.cat(seen[layer])[None])
         layer.weight_quantizer.observe(layer.weight.flatten(1))
 
@@ -589,7 +458,7 @@ def bitops(table: list[Layer], policy: Policy) -> int:
 
 def bitops_ratio(table: list[Layer], policy: Policy) -> float:
     """BitOPs(P) / BitOPs(FP32)."""
-    return bitops(table, policy) / bitops(table, float_policy(table))
+    return bitops(table, policy) / bitops(table, uniform_policy(table, FLOAT_BITS, FLOAT_BITS))
 
 
 def size_bytes(table: list[Layer], policy: Policy) -> int:
@@ -597,60 +466,41 @@ def size_bytes(table: list[Layer], policy: Policy) -> int:
     return math.ceil(sum(layer.weights * policy[layer.name][0] for layer in table) / 8)
 
 
-def size_ratio(table: list[Layer], policy: Policy) -> float:
-    """size(P) / size(FP32)."""
-    return size_bytes(table, policy) / size_bytes(table, float_policy(table))
-
-
 def uniform_policy(table: list[Layer], bits: int, first_last_bits: int = FIRST_LAST_BITS) -> Policy:
     """The same bit-width everywhere but in the first and the last layer."""
-    policy = {layer.name: [bits, bits] for layer in table}
-    for layer in (table[0], table[-1]):
-        policy[layer.name] = [first_last_bits, first_last_bits]
-    return policy
+    ends = table[0].name, table[-1].name
+    widths = {layer.name: first_last_bits if layer.name in ends else bits for layer in table}
+    return {name: [width, width] for name, width in widths.items()}
 
 
-def float_policy(table: list[Layer]) -> Policy:
-    return uniform_policy(table, FLOAT_BITS, FLOAT_BITS)
-
-
-def enforce_budget(
-    table: list[Layer], policy: Policy, budget: float, size_budget: float | None = None
-) -> Policy:
+def enforce_budget(table: list[Layer], policy: Policy, budget: float, size_budget: float = None) -> Policy:
     """The policy, forced under fractions of the float network's BitOPs and weight bits (HAQ, section 3.3).
-
-    From the last layer back, each visit takes one bit from the input, then one from the weights, until
-    the policy fits; the first and last layer keep theirs. Raises ValueError if the narrowest policy is
-    over the budget.
-    """
+    From the last layer back, each visit takes one bit from the input, then one from the weights, until the
+    policy fits; the first and last layer keep theirs. Raises ValueError if 2 bits everywhere do not fit."""
     policy = {name: list(bits) for name, bits in policy.items()}
-    WEIGHTS, INPUT = 0, 1
+    float_size = 4 * sum(layer.weights for layer in table)
+    weights, inputs = 0, 1
 
     def over(kind: int) -> bool:
         """Whether a bit of this kind must go: both cost BitOPs, weights cost size, too."""
-        too_large = size_budget is not None and size_ratio(table, policy) > size_budget
-        return bitops_ratio(table, policy) > budget or (kind == WEIGHTS and too_large)
+        too_large = size_budget is not None and size_bytes(table, policy) > size_budget * float_size
+        return bitops_ratio(table, policy) > budget or (kind == weights and too_large)
 
-    while over(WEIGHTS):
+    while over(weights):
         before = copy.deepcopy(policy)
         for layer in reversed(table[1:-1]):
-            for kind in (INPUT, WEIGHTS):
+            for kind in (inputs, weights):
                 if policy[layer.name][kind] > MIN_BITS and over(kind):
                     policy[layer.name][kind] -= 1
         if policy == before:
-            option = "--budget" if over(INPUT) else "--size-budget"
-            bitops_needed, size_needed = (
-                math.ceil(ratio(table, policy) * 1e6) / 1e6 for ratio in (bitops_ratio, size_ratio)
-            )
-            raise ValueError(
-                f"{option} is below what {MIN_BITS} bits cost (first and last layer {FIRST_LAST_BITS}): "
-                f"{bitops_needed} of float BitOPs and {size_needed} of the size"
-            )
+            option = "--budget" if over(inputs) else "--size-budget"
+            ratios = bitops_ratio(table, policy), size_bytes(table, policy) / float_size
+            cost = "{:.6f} of float BitOPs, {:.6f} of the size".format(*ratios)
+            raise ValueError(f"{option} is below what 2 bits cost (first and last layer 8): {cost}")
     return policy
 
 
 # ---- saved networks ----
-
 MAGIC, VERSION = b"ARQ\n", 1
 
 
@@ -675,12 +525,9 @@ def unpack_bits(data: bytes, count: int, bits: int) -> Tensor:
 @torch.no_grad()
 def pack_model(classifier: Classifier, table: list[Layer], description: dict) -> bytes:
     """A quantized network as one file: integers at their own bit-widths, epilogues and a description.
-
-    description: arch, image_size, sigma, dataset and classes; the rest is read off the network. In
-    order: MAGIC; version and length of the header; the header, JSON; for each layer of the table packed
-    weights, then a_step, scale and shift in float32; SHA-256 of all that. Raises ValueError for a layer
-    of 32 bits.
-    """
+    description: arch, image_size, sigma, dataset, classes. In order: MAGIC; version and length of the header;
+    the header, JSON; for each layer packed weights, then a_step, scale and shift in float32; SHA-256 of all
+    that. Raises ValueError for a layer of 32 bits."""
     layers = [quant_layers(classifier)[row.name] for row in table]
     if any(layer.w_bits == FLOAT_BITS for layer in layers):
         raise ValueError("a layer of 32 bits has no integers; keep the float network's state_dict instead")
@@ -691,7 +538,7 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
         "signed": [int(layer.signed) for layer in frozen],
         "mean": classifier.mean.flatten().tolist(),
         "std": classifier.std.flatten().tolist(),
-        "option_a": any(isinstance(module, PaddedShortcut) for module in classifier.modules()),
+        "option_a": any(isinstance(m, PaddedShortcut) for m in classifier.modules()),
     }
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     data = MAGIC + struct.pack("<HI", VERSION, len(text)) + text
@@ -716,47 +563,36 @@ def read_packed(path) -> tuple[dict, bytes] | None:
 
 def load_model(path) -> tuple[Classifier, list[Layer], dict]:
     """What pack_model saved: the frozen classifier, its layer table, its description.
-
-    The description has the policy by layer name. `integer_network` makes the classifier fast. Raises
-    ValueError unless the file is whole and of this version.
-    """
+    `integer_network` makes the classifier fast. Raises ValueError for a file that is broken or newer."""
     saved, data = read_packed(path) or ({}, b"")
     if not saved:
         raise ValueError(f"{path}: not a network saved by this program")
-    classifier = build_classifier(
-        saved["arch"], len(saved["classes"]), saved["mean"], saved["std"], saved["option_a"]
-    )
+    options = {"option_a": True} if saved["option_a"] else {}
+    of = saved["arch"], len(saved["classes"]), saved["mean"], saved["std"]
+    classifier = build_classifier(*of, **options)
     table = quantize_model(classifier, saved["image_size"])
     for row, (w_bits, a_bits), signed in zip(table, saved["policy"], saved["signed"]):
         layer = quant_layers(classifier)[row.name]
         size = math.ceil(row.weights * w_bits / 8)
         count = 1 + 2 * row.c_out
-        weight = unpack_bits(data[:size], row.weights, w_bits).view(layer.weight.shape)
+        weight = unpack_bits(data[:size], row.weights, w_bits).view(*layer.weight.shape[:2], row.kernel, -1)
         floats = torch.frombuffer(bytearray(data[size:]), dtype=torch.float32, count=count)
-        scale, shift = floats[1:].split(row.c_out)
-        frozen = Integers(
-            weight, floats[0], scale, shift, w_bits, a_bits, bool(signed), layer.conv, layer.in_shape
-        )
-        classifier.net.set_submodule(row.name, IntegerLayer(frozen))
+        of = weight, floats[0], *floats[1:].split(row.c_out), w_bits, a_bits, bool(signed)
+        integers = Integers(*of, layer.conv, layer.in_shape)
+        classifier.net.set_submodule(row.name, IntegerLayer(integers))
         data = data[size + 4 * count :]
     saved["policy"] = {row.name: bits for row, bits in zip(table, saved["policy"])}
     return classifier.eval(), table, saved
 
 
 # ---- the integer network ----
-
-
-BACKENDS = ("int8", "float32")
-
-
-def integer_network(classifier: nn.Module, batch: int = 2, backends: Sequence[str] = BACKENDS) -> nn.Module:
+def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "float32")) -> nn.Module:
     """The network as it is evaluated and certified: a frozen copy, in evaluation mode, on the same device.
 
     Every quantized layer runs on the first of `backends` that is exact for it; layers of 32 bits stay as
     they are. `network.backend` names what runs ("int8", "float32", "int8+float32", "float"). Predictions
     do not depend on the batch size. Exactness is checked at batches of `batch`, by which GPUs choose
-    kernels. Raises RuntimeError, naming the layer, where no backend is exact.
-    """
+    kernels. Raises RuntimeError, naming the layer, where no backend is exact."""
     network = copy.deepcopy(classifier).eval()
     body = getattr(network, "net", network)
     used = set()
@@ -764,9 +600,8 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends: Sequence[st
         if layer.w_bits == FLOAT_BITS:
             continue
         integers = layer.freeze()
-        found = [
-            int8_layer(integers) if backend == "int8" else IntegerLayer(integers) for backend in backends
-        ]
+        makers = {"int8": int8_layer, "float32": IntegerLayer}
+        found = (makers[backend](integers) for backend in backends)
         frozen = next((layer for layer in found if layer is not None and is_exact(layer, batch)), None)
         if frozen is None:
             raise RuntimeError(f"layer {name}: no integer sums are exact on this device; use --device cpu")
@@ -781,31 +616,23 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends: Sequence[st
 
 
 # ---- faster, same integers: skip at first reading ----
-
-
 class Int8Layer(IntegerLayer):
-    """The same integers on oneDNN's int8 convolution, with the operations behind it fused in.
-
-    Inputs are floats, or already this layer's integers as uint8 with zero point -q_min. `fused` says
-    what follows the sums.
-    """
+    """The same integers on oneDNN: inputs are floats, or its integers as uint8 with zero point -q_min."""
 
     backend = "int8"
 
     def __init__(self, integers: Integers):
         super().__init__(integers)
-        conv = self.conv or {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-        self.settings = [list(conv[name]) for name in ("stride", "padding", "dilation")] + [conv["groups"]]
+        places = (list(self.conv[name]) for name in ("stride", "padding", "dilation"))
+        self.settings = *places, self.conv["groups"]
         self.ones = torch.ones(len(self.weight))
         self.zero_points = torch.zeros(len(self.weight), dtype=torch.int64)
-        self.packed = torch.ops.onednn.qconv_prepack(self.kernel, self.ones, 1.0, -self.q_min, *self.settings)
+        kernel = self.weight, self.ones, 1.0, -self.q_min
+        self.packed = torch.ops.onednn.qconv_prepack(*kernel, *self.settings)
         self.fused()
 
     def fused(self, relu: float | None = None, reader: "Int8Layer | None" = None) -> None:
-        """Fix what follows the sums: a ReLU up to `relu`, and requantization to the integers of `reader`.
-
-        Without a reader the output is float32.
-        """
+        """Fix what follows the sums: a ReLU up to `relu`; floats, or requantization to reader's integers."""
         self.relu = "none" if relu is None else "relu"
         least, most = (-math.inf, math.inf) if relu is None else (0.0, relu)
         if reader is None:
@@ -822,13 +649,12 @@ class Int8Layer(IntegerLayer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """residual is added to the epilogue, and overwritten."""
-        x = x if self.conv else x[:, :, None, None]
-        if x.dtype != torch.uint8:
-            x = self._to_uint8(quantize(x, self.a_step, self.q_min, self.q_max))
-        out = self._convolve(x, *self.epilogue, residual, self.relu, *self.output)
+        q = x if x.dtype == torch.uint8 else self._to_uint8(quantize(x, self.a_step, self.q_min, self.q_max))
+        q = q[:, :, None, None] if x.ndim == 2 else q
+        out = self._convolve(q, *self.epilogue, residual, self.relu, *self.output)
         if self.limits:
             out.clamp_(*self.limits)
-        return out if self.conv else out.flatten(1)
+        return out.flatten(1) if x.ndim == 2 else out
 
     def accumulate(self, q: Tensor) -> Tensor:
         return self._convolve(self._to_uint8(q), self.ones, None)
@@ -836,13 +662,10 @@ class Int8Layer(IntegerLayer):
     def _to_uint8(self, q: Tensor) -> Tensor:
         q = q - self.q_min if self.q_min else q
         # By way of int8 or int16: torch converts float32 to uint8 one value at a time, five times slower.
-        if self.q_max - self.q_min < 128:
-            return q.to(torch.int8).view(torch.uint8)
-        return q.to(torch.int16).to(torch.uint8)
+        small = self.q_max - self.q_min < 128
+        return q.to(torch.int8).view(torch.uint8) if small else q.to(torch.int16).to(torch.uint8)
 
-    def _convolve(
-        self, q: Tensor, scale, shift, residual=None, relu="none", zero_point=0, dtype=torch.float32
-    ) -> Tensor:
+    def _convolve(self, q, scale, shift, residual=None, relu="none", zero_point=0, dtype=torch.float32):
         op = torch.ops.onednn.qconv2d_pointwise
         operands = q, 1.0, -self.q_min, self.packed, scale, self.zero_points
         output = shift, *self.settings, 1.0, zero_point, dtype
@@ -867,12 +690,10 @@ def int8_layer(integers: Integers) -> Int8Layer | None:
 @functools.cache
 def int8_saturates() -> bool:
     """Whether oneDNN's int8 convolution saturates in int16 on this processor (those without VNNI)."""
-    weight = torch.full((16, 16, 3, 3), 127, dtype=torch.int8)
-    conv = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-    one = torch.ones(16)
-    layer = Int8Layer(Integers(weight, one[0], one, one, 8, 8, False, conv, (16, 4, 4)))
-    sums = layer.accumulate(torch.full((1, 16, 4, 4), 255.0))
-    return bool((sums != 16 * 9 * 255 * 127).any())
+    layer = QuantLayer(nn.Conv2d(16, 16, 3), nn.Identity(), (16, 4, 4))
+    weight, one = torch.full((16, 16, 3, 3), 127, dtype=torch.int8), torch.ones(16)
+    layer = Int8Layer(Integers(weight, one[0], one, one, 8, 8, False, layer.conv, layer.in_shape))
+    return bool((layer.accumulate(torch.full((1, 16, 4, 4), 255.0)) != 16 * 9 * 255 * 127).any())
 
 
 RELUS = {F.relu: math.inf, torch.relu: math.inf, nn.ReLU: math.inf, nn.ReLU6: 6.0}
@@ -880,11 +701,8 @@ ADDS = (operator.add, operator.iadd, torch.add)
 
 
 def fuse(network: nn.Module) -> nn.Module:
-    """The network with sums and ReLUs moved into the int8 layers in front of them, by torch.fx.
-
-    A layer whose output only another int8 layer reads writes that layer's integers. A network that
-    torch.fx cannot trace comes back as it is.
-    """
+    """The network with sums and ReLUs moved into the int8 layers in front of them; a layer that only another
+    int8 layer reads writes that one's integers. What torch.fx cannot trace comes back as it is."""
     tracer = fx.Tracer()
     is_leaf = tracer.is_leaf_module
     tracer.is_leaf_module = lambda module, name: isinstance(module, IntegerLayer) or is_leaf(module, name)
@@ -894,11 +712,12 @@ def fuse(network: nn.Module) -> nn.Module:
         return network
     modules = dict(network.named_modules())
 
-    def module(node) -> nn.Module | None:
-        return modules.get(node.target) if node.op == "call_module" else None
+    def module(node, kind=nn.Module) -> nn.Module | None:
+        found = modules.get(node.target) if node.op == "call_module" else None
+        return found if isinstance(found, kind) else None
 
     def int8(node) -> Int8Layer | None:
-        return module(node) if isinstance(module(node), Int8Layer) else None
+        return module(node, Int8Layer)
 
     def only_user(node):
         return next(iter(node.users)) if len(node.users) == 1 else None
@@ -916,9 +735,8 @@ def fuse(network: nn.Module) -> nn.Module:
         if after and after.target in ADDS and len(after.all_input_nodes) == 2 and not after.kwargs:
             other = next(part for part in after.all_input_nodes if part is not node)
             # The sum overwrites the other part: nobody may read that later, nor may it be a view.
-            owned = isinstance(module(other), (IntegerLayer, nn.MaxPool2d, nn.ReLU))
-            owned = owned or other.target in (*ADDS, F.pad, F.relu)
-            if owned and max(other.users) is after:
+            owned = module(other, (IntegerLayer, nn.MaxPool2d, nn.ReLU))
+            if (owned or other.target in (*ADDS, F.pad, F.relu)) and max(other.users) is after:
                 after.prepend(node)  # runs once both parts are there
                 node.args = (node.args[0], other)
                 replace(after, node)

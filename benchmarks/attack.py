@@ -5,16 +5,14 @@
 Certifies test images with the float network and a 4-bit copy, and attacks every right certificate twice:
 within 0.999 of its radius R (one-sided), where the smoothed class must not change, and within 2 R, where
 nothing is promised. What is certified and judged is the integer network; gradients are its simulation's.
-The attack is SmoothAdv (Salman et al., NeurIPS 2019): projected gradient ascent on -log of the
-softmax averaged over noise, drawn afresh at every step; images stay within [0, 1]. One is broken
-if PREDICT returns another class, on noise of its own; abstentions count apart. Certificate and
-PREDICT may each err with probability alpha an image. Prints a table, and writes results/attack.json
-after every block.
+The attack is SmoothAdv (Salman et al., NeurIPS 2019): projected gradient ascent on -log of the softmax
+averaged over noise, drawn afresh at every step; images stay within [0, 1]. One is broken if PREDICT returns
+another class, on noise of its own; abstentions count apart. Certificate and PREDICT may each err with
+probability alpha per image. Prints a table, and writes results/attack.json after every block.
 """
 
 import argparse
 import copy
-import json
 import math
 import sys
 import time
@@ -23,13 +21,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import arq  # noqa: E402
-import certify  # noqa: E402
-import models  # noqa: E402
-from certify import NoiseKey  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import arq
+import certify
+import models
 
+ROOT = Path(__file__).resolve().parents[1]
 N0, N, ALPHA = 100, 1000, 0.001
 REACH = {"inside": 0.999, "twice": 2.0}  # how far the attacker may go, in certified radii
 TUNING_STEPS = 100
@@ -38,7 +35,7 @@ TUNING_STEPS = 100
 def smoothed_loss(classifier, x, labels, sigma, draws, generator):
     """-log of the label's softmax averaged over `draws` noisy copies: (B,) from x (B, C, H, W)."""
     noise = torch.randn(len(x), draws, *x.shape[1:], generator=generator, device=x.device)
-    noisy = (x[:, None] + sigma * noise).flatten(0, 1)                      # B * draws, C, H, W
+    noisy = (x[:, None] + sigma * noise).flatten(0, 1)  # B * draws, C, H, W
     log_p = F.log_softmax(classifier(noisy), 1).view(len(x), draws, -1)
     return math.log(draws) - log_p[torch.arange(len(x)), :, labels].logsumexp(1)
 
@@ -58,7 +55,7 @@ def attack(classifier, images, labels, eps, sigma, steps, draws, generator):
     for _ in range(steps):
         x = x.detach().requires_grad_()
         loss = smoothed_loss(classifier, x, labels, sigma, draws, generator)
-        gradient, = torch.autograd.grad(loss.sum(), x)  # a sum: images share no step
+        (gradient,) = torch.autograd.grad(loss.sum(), x)  # a sum: images share no step
         delta = x.detach() + 2 * eps / steps * gradient / length(gradient) - images
         x = (images + delta * (eps / length(delta)).clamp(max=1)).clamp(0, 1)
     return x
@@ -68,86 +65,94 @@ def attack_network(classifier, test_images, config, options):
     """Certify and attack block by block; yields the counts so far after each."""
     classifier.requires_grad_(False)  # only the image moves
     network = arq.integers(classifier, config)
+    g = arq.smooth(network, test_images, config, "before the attack")
     generator, began = torch.Generator(config.device).manual_seed(0), time.monotonic()
-    setting = dict(num_classes=len(test_images.classes), sigma=config.sigma, n=N, alpha=ALPHA,
-                   batch_size=config.eval_batch)
     counts = {reach: {"held": 0, "abstained": 0, "broken": 0, "farthest": 0.0} for reach in REACH}
-    indices, radii = arq.evenly_spaced(options.images, len(test_images)), []
+    radii = []
     block = max(1, config.eval_batch // options.draws)
-    for first in range(0, len(indices), block):
-        ids = indices[first:first + block]
-        rows = certify.certify(network, test_images.batch(ids, config.device),
-                               [test_images.labels[i] for i in ids], ids, n0=N0,
-                               key=NoiseKey(config.seed, "before the attack"), **setting)
-        rows = [row for row in rows if row.correct]
+    for first in range(0, len(test_images), block):
+        some = test_images.subset(list(range(first, min(first + block, len(test_images)))))
+        x = some.batch(range(len(some)), config.device)
+        rows = g.certify(x, some.labels, some.ids, N0, N, ALPHA)
+        right = [i for i, row in enumerate(rows) if row.correct]
+        rows, images = [rows[i] for i in right], x[right]
         radii += [row.radius for row in rows]
-        ids = [row.idx for row in rows]
         for reach, found in counts.items() if rows else ():
-            images = test_images.batch(ids, config.device)
             labels = torch.tensor([row.label for row in rows], device=config.device)
             eps = torch.tensor([REACH[reach] * row.radius for row in rows], device=config.device)
-            x = attack(classifier, images, labels, eps, config.sigma, options.steps, options.draws,
-                       generator)
-            key = NoiseKey(config.seed, f"attacked, {reach}")
-            classes = certify.predict(network, x, ids, key=key, **setting)
+            strength = config.sigma, options.steps, options.draws
+            x = attack(classifier, images, labels, eps, *strength, generator)
+            judge = arq.smooth(network, test_images, config, f"attacked, {reach}")
+            classes = judge.predict(x, [row.idx for row in rows], N, ALPHA)
             gone = (x.double() - images.double()).flatten(1).norm(dim=1).tolist()
             for row, c, distance in zip(rows, classes, gone):
                 found["farthest"] = max(found["farthest"], distance / row.radius)
                 found[{certify.ABSTAIN: "abstained", row.label: "held"}.get(c, "broken")] += 1
-        yield {"images": min(first + block, len(indices)), "certified": len(radii),
-               "mean_radius": sum(radii) / max(len(radii), 1), **counts,
-               "seconds": round(time.monotonic() - began, 1)}
+        yield {
+            "images": min(first + block, len(test_images)),
+            "certified": len(radii),
+            "mean_radius": sum(radii) / max(len(radii), 1),
+            **counts,
+            "seconds": round(time.monotonic() - began, 1),
+        }
 
 
-def quantized_copy(base, train_images, config):
-    """4 bits, ends 8; calibrated and fine-tuned as in the search, for TUNING_STEPS."""
+def quantized_copy(base, images, config):
+    """4 bits, first and last layer 8; calibrated and fine-tuned as in the search, for TUNING_STEPS."""
     classifier = copy.deepcopy(base)
     table = models.quantize_model(classifier, config.image_size)
-    search_ids = arq.evenly_spaced(config.search_images, len(train_images))
-    train_ids = sorted(set(range(len(train_images))) - set(search_ids))
-    arq.calibrate(classifier, train_images.batch(search_ids, config.device), config)
+    train_images, search_images = arq.hold_out(images, config.search_images)
+    arq.calibrate(classifier, search_images, config)
     models.set_policy(classifier, models.uniform_policy(table, 4))
-    arq.train(classifier, train_images, train_ids, config, TUNING_STEPS, arq.EPISODE_LR,
-              arq.FINETUNE_DECAY, "episode")
+    arq.train(classifier, train_images, config, TUNING_STEPS, arq.EPISODE_LR, "episode")
     return classifier
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--checkpoint", required=True)
-    for name, value in {"dataset": "cifar10", "data": "data", "device": "auto", "sigma": 0.25,
-                        "images": 100, "steps": 20, "draws": 16,
-                        "out": ROOT / "results" / "attack.json"}.items():
-        parser.add_argument(f"--{name}", type=type(value), default=value)
-    options = parser.parse_args()
-    config = arq.parse_config([f"--{name}={getattr(options, name)}"
-                               for name in ("dataset", "data", "device", "sigma", "images")])
-    train_images, test_images = arq.load_images(config)
-    base = models.load_base_checkpoint(options.checkpoint, config.arch, len(test_images.classes))
-    networks = {"float": arq.prepare(base, config), "4 bits": quantized_copy(base, train_images, config)}
-
-    results = {name: getattr(options, name) for name in ("checkpoint", "dataset", "sigma", "images", "steps",
-                                                         "draws")}
-    results["checkpoint"] = Path(options.checkpoint).name
-    results.update(n0=N0, n=N, alpha=ALPHA, reach=REACH, device=config.device,
-                   threads=torch.get_num_threads(), networks={})
-    for name, classifier in networks.items():
-        for facts in attack_network(classifier, test_images, config, options):
-            results["networks"][name] = facts
-            options.out.write_text(json.dumps(results, indent=1) + "\n")
-            print(name, facts, flush=True)
-    print(f"\n{'network':<12}{'certified':>12}{'mean R':>9}{'within':>10}"
-          f"{'held':>8}{'abstained':>11}{'broken':>8}")
+def report(results):
+    print(f"\n{'network':<12}{'certified':>12}{'mean R':>9}{'within':>10}", end="")
+    print(f"{'held':>8}{'abstained':>11}{'broken':>8}")
     for name, facts in results["networks"].items():
         for reach, factor in REACH.items():
             certified = f"{facts['certified']} of {facts['images']}"
             counts = facts[reach]
-            print(f"{name:<12}{certified:>12}{arq.down(facts['mean_radius']):>9}{factor:>8g} R"
-                  f"{counts['held']:>8}{counts['abstained']:>11}{counts['broken']:>8}")
+            print(f"{name:<12}{certified:>12}{arq.down(facts['mean_radius']):>9}{factor:>8g} R", end="")
+            print(f"{counts['held']:>8}{counts['abstained']:>11}{counts['broken']:>8}")
     broken = sum(facts["inside"]["broken"] for facts in results["networks"].values())
     allowed = 2 * ALPHA * sum(facts["images"] for facts in results["networks"].values())
-    print(f"the promise {'held' if broken <= allowed else 'did NOT hold'}: {broken} broken inside, "
-          f"where chance allows {allowed:g}")
+    outcome = "held" if broken <= allowed else "did NOT hold"
+    print(f"the promise {outcome}: {broken} broken inside, where chance allows {allowed:g}")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--data", default="data")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--sigma", type=float, default=0.25)
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=20, help="of the attack")
+    parser.add_argument("--draws", type=int, default=16, help="noisy copies per step")
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    options = parser.parse_args(argv)
+    names = "dataset", "data", "device", "sigma", "images"
+    config = arq.parse_config([f"--{name}={getattr(options, name)}" for name in names])
+    train_images, test_images = arq.load_images(config, True), arq.load_images(config, False)
+    test_images = test_images.subset(arq.evenly_spaced(options.images, len(test_images)))
+    base = models.load_base_checkpoint(options.checkpoint, config.arch, len(test_images.classes))
+    base = arq.prepare(base, config)
+    networks = {"float": base, "4 bits": quantized_copy(base, train_images, config)}
+
+    results = {"checkpoint": Path(options.checkpoint).name}
+    results |= {name: getattr(options, name) for name in ("dataset", "sigma", "images", "steps", "draws")}
+    results |= {"n0": N0, "n": N, "alpha": ALPHA, "reach": REACH}
+    results |= {"device": config.device, "threads": torch.get_num_threads(), "networks": {}}
+    for name, classifier in networks.items():
+        for facts in attack_network(classifier, test_images, config, options):
+            results["networks"][name] = facts
+            arq.write_whole(options.out / "attack.json", results)
+            print(name, facts, flush=True)
+    report(results)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,26 @@
-"""BatchNorm after a change of widths: leave its statistics, or re-estimate them?
+"""BatchNorm after a change of bit-widths: leave its statistics, or re-estimate them?
 
     python benchmarks/batchnorm.py --data data --checkpoint resnet20_cifar10_sigma0.25.pt
 
 Accuracy and agreement with the float network, under noise, on held-out training images, at 8 and 4 bits:
 statistics left alone; re-estimated on plain noisy images; on augmented noisy images, as training saw them;
-and after the search's brief fine-tuning, which moves them as it goes. Prints a table and writes
+and after a brief fine-tuning as in the search, which moves them as it goes. Prints a table and writes
 results/batchnorm.json.
 """
 
 import argparse
 import copy
-import json
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import arq
+import models
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import arq  # noqa: E402
-import models  # noqa: E402
 
 
 @torch.no_grad()
@@ -38,30 +38,33 @@ def reestimate(classifier, batches):
         norm.momentum = 0.1  # PyTorch's default, for the fine-tuning that follows
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data")
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--batches", type=int, default=24)
-    options = parser.parse_args()
+    parser.add_argument("--batches", type=int, default=24, help="of the re-estimation, 128 images each")
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    options = parser.parse_args(argv)
     config = arq.parse_config(["--dataset", "cifar10", "--data", options.data, "--device", "cpu"])
-    images, _ = arq.load_images(config)
+    train_images, search_images = arq.hold_out(arq.load_images(config, True), 500)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
 
     def noisy(x):
         return x + config.sigma * torch.randn(x.shape, generator=generator)
 
-    search_ids = arq.evenly_spaced(500, len(images))
-    others = sorted(set(range(len(images))) - set(search_ids))
-    test = [noisy(images.batch(search_ids[i:i + 100])) for i in range(0, 500, 100) for _ in range(4)]
-    labels = torch.tensor(images.labels)[search_ids].view(5, 1, 100).expand(5, 4, 100).flatten()
-    picks = [torch.tensor(others)[torch.randint(len(others), (128,), generator=generator)]
-             for _ in range(options.batches)]
-    moved = [arq.augment(images.batch(p), torch.rand(3, 128, generator=generator)) for p in picks]
-    ways = {"left alone": None, "re-estimated, plain images": [noisy(images.batch(p)) for p in picks],
-            "re-estimated, augmented": [noisy(x) for x in moved],
-            "12 steps of fine-tuning": None}
+    test = [noisy(x) for x in search_images.batch(range(500)).split(100) for _ in range(4)]
+    labels = torch.tensor(search_images.labels).view(5, 1, 100).expand(5, 4, 100).flatten()
+    picks = [torch.randint(len(train_images), (128,), generator=generator) for _ in range(options.batches)]
+    plain = [train_images.batch(some.tolist()) for some in picks]
+    moved = [arq.augment(x, torch.rand(3, 128, generator=generator)) for x in plain]
+    finetuned = "12 steps of fine-tuning"
+    ways = {
+        "left alone": None,
+        "re-estimated, plain images": [noisy(x) for x in plain],
+        "re-estimated, augmented": [noisy(x) for x in moved],
+        finetuned: None,
+    }
 
     classifier = arq.prepare(models.load_base_checkpoint(options.checkpoint, "resnet20", 10), config)
     table = models.quantize_model(classifier, 32)
@@ -74,27 +77,29 @@ def main():
             return torch.cat([network(x).argmax(1) for x in test])
 
     float_classes = classes()
-    right = float((float_classes == labels).float().mean())
-    rows = [{"bits": 32, "batchnorm": "left alone", "accuracy": right, "disagreement": 0.0}]
+    rows = []
+
+    def measure(bits, way):
+        found = classes()
+        accuracy = float((found == labels).float().mean())
+        disagreement = float((found != float_classes).float().mean())
+        rows.append({"bits": bits, "batchnorm": way, "accuracy": accuracy, "disagreement": disagreement})
+        print(
+            f"{bits:>2} bits, {way:<27} accuracy under noise {accuracy:.4f}, disagreement {disagreement:.4f}"
+        )
+
+    measure(32, "left alone")
     for bits in (8, 4):
         for way, batches in ways.items():
             classifier.load_state_dict(state)
             models.set_policy(classifier, models.uniform_policy(table, bits))
             if batches is not None:
                 reestimate(classifier, batches)
-            if way.startswith("12"):
-                arq.train(classifier, images, others, config, 12, arq.EPISODE_LR, arq.FINETUNE_DECAY,
-                          "episode")
-            found = classes()
-            right, other = (found == labels).float().mean(), (found != float_classes).float().mean()
-            rows.append({"bits": bits, "batchnorm": way, "accuracy": float(right),
-                         "disagreement": float(other)})
-    for row in rows:
-        print(f"{row['bits']:>2} bits, {row['batchnorm']:<27} accuracy under noise {row['accuracy']:.4f}, "
-              f"disagreement {row['disagreement']:.4f}")
-    facts = {"samples": len(labels), "sigma": config.sigma, "reestimation_images": 128 * options.batches,
-             "rows": rows}
-    (ROOT / "results" / "batchnorm.json").write_text(json.dumps(facts, indent=1) + "\n")
+            if way == finetuned:
+                arq.train(classifier, train_images, config, 12, arq.EPISODE_LR, "episode")
+            measure(bits, way)
+    facts = {"samples": len(labels), "sigma": config.sigma, "reestimation_images": 128 * options.batches}
+    arq.write_whole(options.out / "batchnorm.json", {**facts, "rows": rows})
 
 
 if __name__ == "__main__":

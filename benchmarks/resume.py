@@ -1,12 +1,13 @@
 """Does a run that is killed anywhere end as one that nothing interrupted, and what does being able to cost?
 
-    python benchmarks/resume.py [--kills 20] [--seed 0] [--overhead]
+    python benchmarks/resume.py [--kills 20] [--seed 0]
+    python benchmarks/resume.py --overhead runs/shapes runs/cifar10
 
 A small `shapes` run through every stage, once whole; then again and again, ended by SIGKILL at seeded random
 moments and continued by the same command, until it was killed so often. Whatever it then leaves is compared
-with the whole run's, times aside. --overhead takes the time and bytes of every saved state in the search of
-the default `shapes` command and, with --data and --checkpoint, in twelve episodes on ResNet-20 and real
-images. Prints, and writes results/resume.json.
+with the whole run's, times aside. --overhead takes finished runs instead: it writes the largest state that
+their search saves, on the same disk, and sets that time against their median episode. Prints, and writes
+results/resume.json.
 """
 
 import argparse
@@ -22,130 +23,161 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import arq  # noqa: E402
-import certify  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import arq
+import certify
+import models
+from ddpg import DDPG, DDPGConfig
 
-RUN = ("--image-size 16 --epochs 4 --episodes 12 --episode-steps 4 --finetune-epochs 2.5 --images 40 --n 400 "
-       "--search-images 40 --search-n 400 --n-p 100 --device cpu").split()
+ROOT = Path(__file__).resolve().parents[1]
+RUN = (
+    "--image-size 16 --epochs 4 --episodes 12 --finetune-steps 4 --finetune-epochs 2.5 --images 40 --n 400 "
+    "--search-images 40 --search-n 400 --n-p 100 --device cpu"
+).split()
+
+
+# ---- killed again and again ----
+
+
+def plain(value):
+    """Without times; tensors as nested lists."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: plain(some) for key, some in value.items() if key not in ("seconds", "time")}
+    return [plain(some) for some in value] if isinstance(value, (list, tuple)) else value
 
 
 def contents(folder: Path) -> dict:
-    """What a run left, without times; tensors as nested lists."""
-    def plain(value):
-        if isinstance(value, torch.Tensor):
-            return value.tolist()
-        if isinstance(value, dict):
-            return {key: plain(some) for key, some in value.items() if key not in ("seconds", "time")}
-        return [plain(some) for some in value] if isinstance(value, (list, tuple)) else value
-
+    """What a run left, by file."""
     run = folder / "run"
-    rows = {path.name: [plain(vars(row)) for row in certify.read_certificates(path)]
-            for path in run.glob("*.tsv")}
-    whole = {path.name: path.read_bytes() for path in (run / "model.arq", run / "policy.json")}
-    records = [json.loads(line) for line in (run / "search.jsonl").read_text().splitlines()]
-    base, = (folder / "runs" / "bases").iterdir()
-    return {**rows, **whole, "search.jsonl": plain(records), "base": plain(arq.read_state(base)),
-            "search_cache.pt": plain(arq.read_state(run / "search_cache.pt")),
-            "results.json": plain(json.loads((run / "results.json").read_text())),
-            "config.json": json.loads((run / "config.json").read_text())}
+    (base,) = (folder / "runs" / "bases").iterdir()
+    found = {path.name: path.read_bytes() for path in (run / "model.arq", run / "policy.json")}
+    for path in run.glob("*.tsv"):
+        found[path.name] = plain([vars(row) for row in certify.read_certificates(path)])
+    for path in (base, run / "search_cache.pt"):
+        found[path.name] = plain(arq.read_state(path))
+    for path in (run / "results.json", run / "config.json"):
+        found[path.name] = plain(json.loads(path.read_text()))
+    found["search.jsonl"] = plain(read_records(run))
+    return found
+
+
+def read_records(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "search.jsonl").read_text().splitlines()]
 
 
 def start(folder: Path) -> subprocess.Popen:
+    folder.mkdir(exist_ok=True)
     command = [sys.executable, str(ROOT / "arq.py"), *RUN, "--out", "run"]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+def finish(process: subprocess.Popen, wait: float | None = None) -> str | None:
+    """The stage in which the process was killed after `wait` seconds; None if it ended before."""
+    try:
+        said = process.communicate(timeout=wait)[0]
+        assert process.returncode == 0, said
+        return None
+    except subprocess.TimeoutExpired:
+        process.kill()
+        said = process.communicate()[0]
+        stages = [line for line in said.splitlines() if line.endswith("...")]
+        return stages[-1] if stages else "before any stage"
+
+
 def killed_again_and_again(kills: int, seed: int) -> dict:
     """Kills fall evenly on the time that the whole run takes, from its first imports on."""
+    moments, log, differing, runs = random.Random(seed), [], set(), 0
     with tempfile.TemporaryDirectory() as place:
         whole, broken = Path(place, "whole"), Path(place, "broken")
-        whole.mkdir()
         began = time.monotonic()
-        process = start(whole)
-        said = process.communicate()[0]
-        assert process.returncode == 0, said
+        finish(start(whole))
         seconds = time.monotonic() - began
-        moments, log, done, rounds = random.Random(seed), [], 0, 0
-        differing = []
-        while done < kills:  # a run that ends before it was killed often enough is compared, and begun anew
+        expected = contents(whole)
+        while len(log) < kills:
+            # A run that ended before it was killed often enough is compared, and begun anew.
             shutil.rmtree(broken, ignore_errors=True)
-            broken.mkdir()
-            ended = False
-            while not ended:
-                process = start(broken)
-                try:
-                    wait = moments.uniform(0, 0.6) * seconds if done < kills else None
-                    said, ended = process.communicate(timeout=wait)[0], True
-                    assert process.returncode == 0, said
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    said = process.communicate()[0]
-                    stage = [line for line in said.splitlines() if line.endswith("...")]
-                    reached = stage[-1] if stage else "before any stage"
-                    log.append({"after_seconds": round(wait, 2), "in": reached})
-                    done += 1
-                    print(f"  kill {done}: {log[-1]}", flush=True)
-            rounds += 1
-            first, second = contents(whole), contents(broken)
-            differing += [name for name in first if first[name] != second.get(name)]
-            print(f"run {rounds}: {'differs in ' + ', '.join(differing) if differing else 'the same files'}",
-                  flush=True)
-    return {"kills": log, "runs": rounds, "files_compared": len(first), "differing": sorted(set(differing)),
-            "seconds_of_the_whole_run": round(seconds, 1), "threads": torch.get_num_threads()}
+            stage = "not begun"
+            while stage is not None:
+                wait = moments.uniform(0, 0.6) * seconds if len(log) < kills else None
+                stage = finish(start(broken), wait)
+                if stage is not None:
+                    log.append({"after_seconds": round(wait, 2), "in": stage})
+                    print(f"  kill {len(log)}: {log[-1]}", flush=True)
+            runs += 1
+            found = contents(broken)
+            differing |= {name for name in expected if expected[name] != found.get(name)}
+            outcome = f"differs in {', '.join(sorted(differing))}" if differing else "the same files"
+            print(f"run {runs}: {outcome}", flush=True)
+    return {
+        "kills": log,
+        "runs": runs,
+        "files_compared": len(expected),
+        "differing": sorted(differing),
+        "seconds_of_the_whole_run": round(seconds, 1),
+        "threads": torch.get_num_threads(),
+    }
 
 
-def overhead(options: list[str]) -> dict:
-    """Median seconds and bytes of a saved state, by stage, and its share of an episode."""
-    saves: dict[str, list] = {}
-    save = arq.Stages.save
-
-    def timed(self, state, finished=False):
-        before = time.monotonic()
-        save(self, state, finished)
-        if not finished:
-            name = next(name for name, record in self.records.items() if record is self.record)
-            saves.setdefault(name, []).append((time.monotonic() - before, self.path.stat().st_size))
-
-    arq.Stages.save = timed
-    try:
-        with tempfile.TemporaryDirectory() as place:
-            config = arq.parse_config([*options, "--out", f"{place}/run"])
-            arq.run(config)
-            lines = Path(place, "run", "search.jsonl").read_text().splitlines()
-    finally:
-        arq.Stages.save = save
-    episode = statistics.median(json.loads(line)["seconds"] for line in lines)
-    stages = {name: {"seconds": round(statistics.median(some for some, _ in values), 4),
-                     "bytes": int(statistics.median(size for _, size in values)), "saves": len(values)}
-              for name, values in saves.items()}
-    return {"options": " ".join(options), "episode_seconds": episode, "saves": stages,
-            "share_of_an_episode": round(stages["search"]["seconds"] / episode, 5)}
+# ---- what a saved state costs ----
 
 
-def main():
+def largest_state(environment: arq.BitWidthEnvironment, episodes: int) -> dict:
+    """What a search of so many episodes saves last: the agent with its replay memory, and all records."""
+    agent = DDPG(environment.state_size, 0, DDPGConfig(episodes=episodes))
+    for episode in range(min(episodes, agent.config.replay_episodes)):
+        states, actions, policy = environment.rollout(agent.act)
+        agent.replay.add(states, actions, float(episode))
+    agent.update()  # from now on the optimizers have a state, too
+    record = {"acr": 1 / 3, "reward": 1 / 3, "noise": 1 / 3, "policy": policy}
+    record |= {"random": False, "bitops_ratio": 1 / 3, "size_bytes": 1_000_000, "seconds": 1 / 3}
+    records = [{"episode": episode, **record} for episode in range(episodes)]
+    return {"agent": agent.state_dict(), "records": records}
+
+
+def overhead(run: Path) -> dict:
+    """What saving the largest state of a finished run's search takes, beside its median episode."""
+    options, records = json.loads((run / "config.json").read_text()), read_records(run)
+    classifier = models.build_classifier(options["arch"], 10)
+    table = models.quantize_model(classifier, options["image_size"])
+    environment = arq.BitWidthEnvironment(table, options["budget"], options["size_budget"])
+    state = largest_state(environment, len(records))
+    times = []
+    with tempfile.TemporaryDirectory(dir=run) as place:
+        path = Path(place, "state.pt")
+        for _ in range(20):
+            began = time.monotonic()
+            arq.write_whole(path, {"search": {"state": state}})
+            times.append(time.monotonic() - began)
+        size = path.stat().st_size
+    seconds, episode = statistics.median(times), statistics.median(row["seconds"] for row in records)
+    return {
+        "episodes": len(records),
+        "episode_seconds": episode,
+        "state_seconds": round(seconds, 4),
+        "state_bytes": size,
+        "share_of_an_episode": round(seconds / episode, 5),
+    }
+
+
+def main(argv=None) -> bool:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--overhead", action="store_true", help="only the time and bytes of saved states")
-    parser.add_argument("--data", help="image tree of CIFAR-10, for --overhead")
-    parser.add_argument("--checkpoint", help="float ResNet-20, for --overhead")
-    options = parser.parse_args()
-    path = ROOT / "results" / "resume.json"
+    parser.add_argument(
+        "--overhead", type=Path, nargs="+", metavar="RUN", help="only the cost of saved states"
+    )
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    options = parser.parse_args(argv)
+    path = options.out / "resume.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if options.overhead:
-        short = "--epochs 1 --finetune-epochs 0.2 --images 10"  # the search as in the default command
-        results["overhead"] = {"shapes": overhead(short.split())}
-        if options.checkpoint:
-            real = ("--dataset cifar10 --episodes 12 --episode-steps 12 --finetune-epochs 0.05 --images 4 "
-                    "--n 100 --search-images 100 --search-n 1000 --n-p 100").split()
-            results["overhead"]["cifar10"] = overhead([*real, "--data", options.data,
-                                                       "--checkpoint", options.checkpoint])
+        results["overhead"] = {run.resolve().name: overhead(run) for run in options.overhead}
         print(json.dumps(results["overhead"], indent=1))
     else:
         results["killed"] = killed_again_and_again(options.kills, options.seed)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    arq.write_whole(path, results)
     return bool(results.get("killed", {}).get("differing"))
 
 
