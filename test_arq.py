@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -273,13 +273,13 @@ def test_two_sided_radius_from_a_finished_file(tmp_path):
     """990 votes against 4 for the runner-up, alpha / 2 each; and it may certify where half is not reached."""
     row = certify.Certificate(0, 3, 3, 0.49, 1, "", 3, 990, 4, 1000, 100, 0.25, 0.001)
     with (tmp_path / "c.tsv").open("w") as file:
-        certify.write_certificates(file, [row, replace(row, n_a=450, n_b=200, predict=ABSTAIN, correct=0)])
+        certify.write_certificates(file, [row, row._replace(n_a=450, n_b=200, predict=ABSTAIN, correct=0)])
     certain, torn = certify.two_sided(certify.read_certificates(tmp_path / "c.tsv"))
     p_a, p_b = binom_bound(990, 1000, 0.0005), 1 - binom_bound(996, 1000, 0.0005)
     assert certain.radius == pytest.approx(0.125 * (norm.ppf(p_a) - norm.ppf(p_b)), abs=1e-6)
     assert torn.predict == 3 and torn.correct == 1 and torn.radius > 0
     with pytest.raises(ValueError, match="counts"):
-        certify.two_sided([replace(row, n_b=None)])
+        certify.two_sided([row._replace(n_b=None)])
 
 
 # ---- certify.py: sampling and certificates ----
@@ -1798,7 +1798,7 @@ def contents(run: Path) -> dict:
         for rows, predictions, *_ in arq.read_state(run / "search_cache.pt")
     ]
     tables = {
-        name: [timeless(vars(row)) for row in certify.read_certificates(run / name)]
+        name: [timeless(row._asdict()) for row in certify.read_certificates(run / name)]
         for name in ("certificates.tsv", "base_certificates.tsv")
     }
     return {
@@ -1907,10 +1907,12 @@ def test_rows_beyond_the_saved_state_are_certified_again(copied_run, capsys):
     records = arq.read_state(Path("run/state.pt"))
     backend = json.loads(Path("run/results.json").read_text())["backend"]
     stage = records["certify ARQ, test images"]
-    stage.update(finished=False, state=(3, "another"), forward_passes=3 * 220)
+    rows = certify.read_certificates("run/certificates.tsv")[:3]
+    blocks = [([row._asdict() for row in rows], None, "")]
+    stage.update(finished=False, state=(blocks, "another"), forward_passes=3 * 220)
     torch.save(records, "run/state.pt")
     assert fails([*SMALL, "--out", "run"], capsys, "begun on backend another", backend, "--out")
-    stage.update(state=(3, backend))
+    stage.update(state=(blocks, backend))
     torch.save(records, "run/state.pt")
     assert arq.main([*SMALL, "--out", "run"]) == 0
     assert contents(Path("run")) == contents(copied_run / "run")
@@ -2033,7 +2035,7 @@ def one_step(path: Path) -> None:
     """A training step of a network without BatchNorm, on a batch that two processes cannot halve."""
     config = arq.parse_config(["--batch-size", "17", "--device", "cpu"])
     if arq.WORLD > 1:
-        arq.join_processes(config)
+        torch.distributed.init_process_group("gloo")
     torch.manual_seed(arq.RANK)  # DistributedDataParallel starts all from the first one's weights
     images = arq.draw_shapes(40, seed=0, size=16)
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 14 * 14, 10))
@@ -2045,13 +2047,17 @@ def one_step(path: Path) -> None:
     arq.train(normed, images, config, 2, 0.1, "base", 1e-4)
     states = arq.gather({name: value.tolist() for name, value in normed.state_dict().items()})
     assert all(state == states[0] for state in states)  # BatchNorm's statistics, too
+    if arq.WORLD > 1:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_step_as_one(tmp_path):
     one_step(tmp_path / "one.pt")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*torchrun, __file__, str(tmp_path / "two.pt")], check=True, capture_output=True)
+    command = [*torchrun, __file__, str(tmp_path / "two.pt")]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
     one, two = (arq.read_state(tmp_path / name) for name in ("one.pt", "two.pt"))
     torch.manual_seed(0)
     start = nn.Conv2d(3, 8, 3).weight
