@@ -258,7 +258,7 @@ class Config:
     finetune_epochs: float = option("epochs of the best policy", (3.0, 30.0, 10.0), "fine-tune", 0)
     search_images: int = option("training images held out for it", (100, 500, 500), "base", WORLD)
     search_n: int = option("samples of the base per search image", (500, 10000, 10000), "cache", 1)
-    n_p: int = option("samples of a policy per search image", (100, 1000, 1000), "search", 1)
+    n_p: int = option("samples of a policy per search image", (200, 1000, 1000), "search", 1)
     images: int = option("test images, evenly spaced over the set", (100, 500, 500), "test", 1)
     n0: int = option("samples that select the class", 100, "cache test", 1)
     n: int = option("samples that bound its probability", (1000, 10000, 10000), "test", 1)
@@ -854,8 +854,8 @@ def summarize(rows, network: nn.Module, table, policy: Policy, config: Config, f
         "bitops_ratio": models.bitops_ratio(table, policy),
         "size_bytes": models.size_bytes(table, policy),
         "file_bytes": file.stat().st_size,
-        "network": digest(file.read_bytes()),
         "backend": getattr(network, "backend", "float"),
+        "network": digest(file.read_bytes()),
         "images": len(rows),
         "expected_false_certificates": config.alpha * len(rows),
         **{name: getattr(config, name) for name in ("sigma", "n0", "n", "alpha", "device")},
@@ -875,11 +875,12 @@ def report(results: dict, stages: Stages) -> None:
     times = {stage: {name: record[name] for name in kept} for stage, record in stages.records.items()}
     write_whole(stages.path.with_name("results.json"), {**results, "stages": times})
     columns = {"float base": results["base"], "ARQ": results} if "base" in results else {"network": results}
-    print(f"\n{'':<40}" + "".join(f"{name:>32}" for name in columns))
-    for name, value in results.items():
-        if name not in ("base", "acr_difference"):
-            label = " ".join([name.replace("_", " "), *(value if isinstance(value, dict) else [])])
-            print(f"{label:<40}" + "".join(f"{shown(column[name]):>32}" for column in columns.values()))
+    print("\n{images} test images, sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} each".format(**results))
+    print(f"{'':<40}" + "".join(f"{name:>30}" for name in columns))
+    for name in list(results)[: list(results).index("backend") + 1]:
+        parts = results[name] if isinstance(results[name], dict) else ()
+        label = " ".join([name.replace("_", " "), *parts])
+        print(f"{label:<40}" + "".join(f"{shown(column[name]):>30}" for column in columns.values()))
     if "acr_difference" in results:
         mean, error = results["acr_difference"].values()
         print(f"ACR less the base's, on the same images: {mean:+.4f}, standard error {error:.4f}")

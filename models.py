@@ -292,8 +292,7 @@ class QuantLayer(nn.Module):
 
 # A frozen layer as data: what is packed, what every backend runs. weight: int8 (c_out, c_in / groups, h, w),
 # of a linear layer as a 1x1 convolution; a_step: (); scale, shift: (c_out,); conv: stride and so on.
-FIELDS = "weight a_step scale shift w_bits a_bits signed conv in_shape"
-Integers = namedtuple("Integers", FIELDS)
+Integers = namedtuple("Integers", "weight a_step scale shift w_bits a_bits signed conv in_shape")
 
 
 class IntegerLayer(nn.Module):
@@ -468,9 +467,9 @@ def size_bytes(table: list[Layer], policy: Policy) -> int:
 
 def uniform_policy(table: list[Layer], bits: int, first_last_bits: int = FIRST_LAST_BITS) -> Policy:
     """The same bit-width everywhere but in the first and the last layer."""
-    ends = table[0].name, table[-1].name
-    widths = {layer.name: first_last_bits if layer.name in ends else bits for layer in table}
-    return {name: [width, width] for name, width in widths.items()}
+    policy = {layer.name: [bits, bits] for layer in table}
+    first_last = {layer.name: [first_last_bits, first_last_bits] for layer in (table[0], table[-1])}
+    return {**policy, **first_last}
 
 
 def enforce_budget(table: list[Layer], policy: Policy, budget: float, size_budget: float = None) -> Policy:
@@ -671,6 +670,7 @@ class Int8Layer(IntegerLayer):
         output = shift, *self.settings, 1.0, zero_point, dtype
         if residual is None:
             return op(*operands, *output, relu, [], "")
+        residual = residual.contiguous(memory_format=torch.channels_last)  # as the kernel's own output is
         return op.binary(*operands, residual, *output, 1.0, 0, "sum", 1.0, relu, [], "")
 
 

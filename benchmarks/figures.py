@@ -2,7 +2,8 @@
 
     python benchmarks/figures.py results/cifar10-resnet20-sigma0.25 results/cifar10.png
 
-It needs matplotlib. Bits per layer are drawn as in the paper's Figure 4: dots for weights, crosses for inputs.
+It needs matplotlib. Bits per layer are drawn as in the paper's Figure 4: dots for weights, crosses for
+inputs.
 """
 
 import argparse

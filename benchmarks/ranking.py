@@ -23,17 +23,14 @@ import arq  # noqa: E402
 import certify  # noqa: E402
 import models  # noqa: E402
 
-SIZES = (100, 200, 300, 500, 1000)  # n_p
+SIZES = (100, 150, 200, 300, 500)  # n_p
 
 
 class Recorded(certify.Smooth):
-    """Replays predictions that were recorded, by key: {key: (B, n)}."""
+    """Replays predictions that were recorded, by key: {key: (B, largest size)}."""
 
     def record(self, images, ids, sizes: dict) -> "Recorded":
-        self.table = {
-            key: super(Recorded, self).predictions(images, ids, torch.full((len(ids),), n), key)
-            for key, n in sizes.items()
-        }
+        self.table = {key: super(Recorded, self).predictions(images, ids, sizes[key], key) for key in sizes}
         return self
 
     def predictions(self, images, ids, sizes, key, first=0):
@@ -55,7 +52,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--base", required=True, help="a float base that arq.py trained")
     parser.add_argument("--policies", type=int, default=30)
-    parser.add_argument("--full", type=int, default=1000, help="samples per image behind the truth")
+    parser.add_argument("--full", type=int, default=600, help="samples per image behind the truth")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "ranking.json")
     options = parser.parse_args(argv)
     config = arq.parse_config(["--checkpoint", options.base, "--device", "cpu"])
@@ -69,6 +66,9 @@ def main(argv=None):
     right, ids = len(some) / len(x), [search_images.ids[i] for i in some]
     rows = [cache.certificates[i] for i in some]
     cache = certify.ReplayCache(rows, cache.predictions[some], cache.key)
+    ones = torch.ones(len(rows), dtype=torch.int64)
+    n_a = torch.tensor([row.n_a for row in rows])
+    near_one = (certify.lower_confidence_bound(n_a, max(SIZES), config.alpha) >= config.gamma).long()
     evaluate = arq.policy_evaluator(base, train_images, search_images, config)
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
     generator = torch.Generator().manual_seed(0)
@@ -82,14 +82,17 @@ def main(argv=None):
         evaluate.finetune(quantized)
         network = arq.integers(quantized, config)
         g = Recorded(network, 10, config.sigma, config.seed, config.eval_batch, "search")
-        sizes = {cache.key: max(SIZES), cache.key + "/fresh": max(SIZES), f"truth {number}": options.full}
-        g.record(x[some], ids, sizes)
+        sizes = {cache.key: max(SIZES) * ones, cache.key + "/fresh": max(SIZES) * near_one}
+        g.record(x[some], ids, {**sizes, f"truth {number}": options.full * ones})
         votes = (g.table[f"truth {number}"] == torch.tensor([row.selected for row in rows])[:, None]).sum(1)
         p_a = certify.lower_confidence_bound(votes, options.full, config.alpha)
         truth = right * float(certify.certified_radius(p_a, config.sigma).mean())
         policies.append({"truth": truth, "bitops_ratio": models.bitops_ratio(table, policy)})
         policies[-1] |= rewards(g, cache, right)
-        print(f"policy {number + 1}/{options.policies}: ACR {truth:.4f}, {time.monotonic() - began:.1f} s")
+        print(
+            f"policy {number + 1}/{options.policies}: ACR {truth:.4f}, {time.monotonic() - began:.1f} s",
+            flush=True,
+        )
     names = [name for name in policies[0] if name not in ("truth", "bitops_ratio")]
     truth = [policy["truth"] for policy in policies]
     tau = {name: kendalltau(truth, [policy[name] for policy in policies]).statistic for name in names}
