@@ -876,11 +876,11 @@ def report(results: dict, stages: Stages) -> None:
     write_whole(stages.path.with_name("results.json"), {**results, "stages": times})
     columns = {"float base": results["base"], "ARQ": results} if "base" in results else {"network": results}
     print("\n{images} test images, sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} each".format(**results))
-    print(f"{'':<40}" + "".join(f"{name:>30}" for name in columns))
+    print(f"{'':<38}" + "".join(f"{name:>28}" for name in columns))
     for name in list(results)[: list(results).index("backend") + 1]:
         parts = results[name] if isinstance(results[name], dict) else ()
         label = " ".join([name.replace("_", " "), *parts])
-        print(f"{label:<40}" + "".join(f"{shown(column[name]):>30}" for column in columns.values()))
+        print(f"{label:<38}" + "".join(f"{shown(column[name]):>28}" for column in columns.values()))
     if "acr_difference" in results:
         mean, error = results["acr_difference"].values()
         print(f"ACR less the base's, on the same images: {mean:+.4f}, standard error {error:.4f}")
