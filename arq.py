@@ -54,12 +54,12 @@ from models import NETWORKS, Classifier, Layer, Policy
 class BitWidthEnvironment:
     """An episode walks the layers; each takes two actions, one for its weights, one for its input (HAQ, 3.2).
     A state (10,) holds, in [0, 1]: index, c_in, c_out, kernel, stride, input map size, number of weights,
-    depthwise flag, weight-or-input flag, previous bit-width. First and last layer keep 8 bits, unvisited.
-    Raises ValueError for a budget that 2 bits everywhere would exceed."""
+    depthwise flag, weight-or-input flag, previous bit-width. First and last layer keep 8 bits, unvisited."""
 
     def __init__(self, table: list[Layer], budget: float, size_budget: float | None = None):
-        narrowest = models.uniform_policy(table, models.MIN_BITS)
-        models.enforce_budget(table, narrowest, budget, size_budget)
+        models.enforce_budget(table, models.uniform_policy(table, models.MIN_BITS), budget, size_budget)
+        if len(table) < 3:
+            raise ValueError("no layer is left between the first and the last, which keep 8 bits")
         self.table, self.budget, self.size_budget = table, budget, size_budget
         self.steps = [(layer, kind) for layer in table[1:-1] for kind in (0, 1)]  # weights, input
         rows = [[i // 2, *row[1:7], row.depthwise, kind] for i, (row, kind) in enumerate(self.steps)]
@@ -121,7 +121,7 @@ def search(certify_base, environment, agent, evaluate, reward=relative_gain) -> 
 
     certify_base() -> ReplayCache of f; environment: BitWidthEnvironment; agent: DDPG or what acts and learns
     alike; evaluate(policy, cache) -> ACR(g^P); reward(ACR(g^P), ACR(g)) -> what the agent learns from"""
-    # 1: FullRobustCertify(f)
+    # 1: FullRobustCertify(f); `run` has done it as its step 2
     cache = certify_base()
     base_acr = certify.average_certified_radius(cache.certificates)
     # 2: for each episode
@@ -138,7 +138,7 @@ def search(certify_base, environment, agent, evaluate, reward=relative_gain) -> 
 
 
 def best_policy(records: list[dict]) -> Policy:
-    """6, the last line: the policy of the largest ACR; it is fine-tuned and certified from scratch."""
+    """6, the last line: the policy of the largest ACR; `run` fine-tunes it and certifies it from scratch."""
     return max(records, key=lambda record: record["acr"])["policy"]
 
 
@@ -167,7 +167,7 @@ def train(classifier, images, config, steps, lr, purpose="train", decay=1e-4, st
     along a cosine; weight decay spares steps, biases and BatchNorm. config: seed, sigma, batch_size. Equal
     arguments train equal networks. save(state) is called per epoch; from such a state an interrupted call
     continues. Under torchrun each process takes its share of every batch; the gradient is the whole batch's,
-    but BatchNorm sees the share. GPUs compute in bfloat16. Raises ValueError for an infinite loss."""
+    but BatchNorm sees the share. GPUs compute in bfloat16. An infinite loss is not saved: ValueError."""
     device, batch_size = next(classifier.parameters()).device, config.batch_size
     decayed = [p for p in classifier.parameters() if p.ndim > 1]
     groups = [{"params": decayed, "weight_decay": decay}]
@@ -203,9 +203,9 @@ def train(classifier, images, config, steps, lr, purpose="train", decay=1e-4, st
             (WORLD * losses.sum() / batch_size).backward()  # processes average their gradients
             optimizer.step()
             models.keep_steps_positive(classifier)
-        if not torch.isfinite(losses).all():
-            raise ValueError(f"{purpose}: the loss is not finite at step {step + 1}; try another --seed")
         if save is not None:
+            if not torch.isfinite(losses).all():
+                raise ValueError(f"{purpose}: the loss is not finite at step {step + 1}; try another --seed")
             parts = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict()}
             save({**parts, "step": step + 1})
     next(count, None)
@@ -227,6 +227,7 @@ STAGES = {  # and the groups of options that each one's outcome rests on
     "certify the base, test images": "base test",
     "certify ARQ, test images": "base cache search fine-tune test",
 }
+read_state = partial(torch.load, map_location="cpu", weights_only=True)
 SAVED_OPTIONS = ("dataset", "arch", "image_size", "sigma")  # in the file of a network
 
 
@@ -362,9 +363,6 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-read_state = partial(torch.load, map_location="cpu", weights_only=True)
-
-
 def write_whole(path: Path, value) -> None:
     """Rank 0 writes a JSON, torch or packed file, whole or not at all: beside its place, then into it."""
     if RANK > 0:
@@ -423,8 +421,9 @@ class Stages:
         if not record or record["finished"]:
             for other in [other for other in self.keys if set(self.keys[name]) < set(self.keys[other])]:
                 self.records.pop(other, None)  # it rests on what is made anew
-            record = {"key": self.keys[name], "seconds": 0.0, "forward_passes": 0, "state": None}
-            self.records[name] = record
+            record = {"key": self.keys[name], "seconds": 0.0, "forward_passes": 0}
+            self.records[name] = record = record | {"state": None, "finished": False}
+            write_whole(self.path, self.records)  # before the product changes
         print(f"{name} ..." if record["state"] is None else f"{name}, continued ...", flush=True)
         self.passes, since = 0, time.monotonic()
 
@@ -653,7 +652,8 @@ def run(config: Config) -> None:
     write_whole(out / "policy.json", policy)
     # 4: the best policy is fine-tuned and packed
     file = out / "model.arq"
-    stages.do("fine-tune", file, partial(finetune, evaluate.quantize(policy), table, train_images, config))
+    best = evaluate.quantize(policy)
+    stages.do("fine-tune", file, partial(finetune_best, best, table, train_images, config))
     # 5: what was packed is certified from scratch; the test images are first seen here
     network = stages.watch(integers(models.load_model(file)[0], config))
     base_rows = certified("certify the base, test images", base, test_images, config, stages, "base_")
@@ -689,13 +689,12 @@ def evaluate_saved(config: Config) -> None:
 
 
 def build_base(config: Config, num_classes: int) -> Classifier:
-    """The float base classifier: of --checkpoint, or one to be trained."""
+    """The float base, of --checkpoint or to be trained, in the layout that convolutions run fastest in."""
     torch.manual_seed(config.seed)
     of = config.arch, num_classes, config.mean, config.std
     build = models.build_classifier
     if config.checkpoint is not None:
         build = partial(models.load_base_checkpoint, config.checkpoint)
-    # In the memory layout that convolutions run fastest in.
     return build(*of).to(config.device, memory_format=torch.channels_last).eval()
 
 
@@ -734,19 +733,17 @@ def certify_images(network, images: ImageSet, config: Config, n: int, purpose: s
     for results in in_blocks(len(images), done, size, certify_block):
         blocks += results
         text = io.StringIO()
-        certify.write_certificates(text, rows_of(blocks))
-        write_whole(file, blocks if cached else text.getvalue().encode())
+        certify.write_certificates(text, [certify.Certificate(**row) for rows, *_ in blocks for row in rows])
+        if not cached:
+            write_whole(file, text.getvalue().encode())
         save((blocks, backend))
-    return file.read_bytes()
-
-
-def rows_of(blocks: list) -> list[certify.Certificate]:
-    return [certify.Certificate(**row) for rows, *_ in blocks for row in rows]
+    return blocks if cached else file.read_bytes()
 
 
 def read_cache(file: Path) -> ReplayCache:
     blocks = read_state(file)
-    rows, predictions = rows_of(blocks), torch.cat([predictions for _, predictions, _ in blocks])
+    rows = [certify.Certificate(**row) for rows, *_ in blocks for row in rows]
+    predictions = torch.cat([predictions for _, predictions, _ in blocks])
     if not any(row.radius for row in rows):
         raise ValueError("the base certifies no search image; train it with noise, longer, or lower --sigma")
     return ReplayCache(rows, predictions, key=blocks[0][2])
@@ -764,8 +761,8 @@ def policy_evaluator(base, train_images, search_images, config: Config) -> Polic
         rows = cache.certificates
         mine = sorted(range(len(rows)), key=lambda i: rows[i].selected != rows[i].label)[RANK::WORLD]
         part = ReplayCache([rows[i] for i in mine], cache.predictions[mine], cache.key)
-        noise = config.seed, config.eval_batch, "search"
-        g = Smooth(integers(quantized, config), len(search_images.classes), config.sigma, *noise)
+        network, classes = integers(quantized, config), len(search_images.classes)
+        g = Smooth(network, classes, config.sigma, batch_size=config.eval_batch)
         if config.reward == "estimate":
             radii = g.estimate_radii(images[mine], part, config.n_p).tolist()
         else:
@@ -814,7 +811,7 @@ def search_policies(environment, evaluate, cache, config: Config, log: Path, sta
     return log.read_bytes()
 
 
-def finetune(classifier, table: list[Layer], images: ImageSet, config: Config, state, save) -> bytes:
+def finetune_best(classifier, table: list[Layer], images: ImageSet, config: Config, state, save) -> bytes:
     steps = int(config.finetune_epochs * (len(images) // config.batch_size))
     train(classifier, images, config, steps, FINETUNE_LR, "fine-tune", state=state, save=save)
     description = {name: getattr(config, name) for name in SAVED_OPTIONS}
@@ -842,14 +839,14 @@ def in_blocks(total: int, done: int, block: int, work: Callable[[slice], object]
 def summarize(rows, network: nn.Module, table, policy: Policy, config: Config, file: Path) -> dict:
     """What results.json says of a network and its file; one-sided radii unless named."""
     both = certify.two_sided(rows)
-    accuracy = certify.certified_accuracy(both, 0)
+    both_accuracy = certify.certified_accuracy(both, 0)
     accuracies = {str(radius): certify.certified_accuracy(rows, radius) for radius in (0.0, 0.25, 0.5, 0.75)}
     return {
         "accuracy": certify.certified_accuracy(rows, 0),
         "certified_accuracy": accuracies,
         "acr": certify.average_certified_radius(rows),
         "acr_standard_error": certify.acr_difference(rows)[1],
-        "two_sided": {"acr": certify.average_certified_radius(both), "accuracy": accuracy},
+        "two_sided": {"acr": certify.average_certified_radius(both), "accuracy": both_accuracy},
         "abstained": sum(row.predict == certify.ABSTAIN for row in rows) / len(rows),
         "bitops_ratio": models.bitops_ratio(table, policy),
         "size_bytes": models.size_bytes(table, policy),

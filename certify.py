@@ -99,6 +99,7 @@ def draw_noise(key: str, image_id: int, chunk: int, shape: Sequence[int], device
 # One certified image. predict is ABSTAIN (-1) and radius 0 where the bound does not exceed 1/2. Other tools
 # read the first six; the rest is what the radius was computed from, None where it is not known.
 COLUMNS = "idx label predict radius correct time selected n_a n_b n n0 sigma alpha".split()
+PARSERS = dict.fromkeys(COLUMNS, int) | {"radius": float, "time": str, "sigma": float, "alpha": float}
 Certificate = namedtuple("Certificate", COLUMNS, defaults=[None] * 7)
 
 # f's certificates for a set of images; what it predicted for every sample behind them: (B, n) uint8 (int16
@@ -122,7 +123,7 @@ class Smooth:
     classifier: f, any callable from images (B, C, H, W) to logits (B, num_classes)
     sigma: standard deviation of the noise, in [0, 1] pixels
     seed, purpose: name the noise; equal names draw equal noise
-    batch_size: samples per forward pass; results do not depend on it
+    batch_size: samples per forward pass; what integer networks predict does not depend on it
     Guarantees hold in real, not in floating-point arithmetic, as in all common code (Voracek, Hein 2023)."""
 
     def __init__(self, classifier, num_classes, sigma, seed=0, batch_size=100, purpose="certificate"):
@@ -188,13 +189,15 @@ class Smooth:
     def certify_incremental(self, images, cache, n_p, alpha_zeta=0.001, gamma=0.99) -> list:
         """IRS (Ugare et al., Algorithm 2): certify a changed f^P with n_p samples per image, not n.
 
-        `self` smooths f^P; images (B, C, H, W) are those of f's cache. For each image, with probability at
-        least 1 - (alpha + alpha_zeta), g^P predicts `predict` within `radius` (one-sided), for an f^P fixed
-        without looking at this noise: a search scores with it; its winner needs a certificate of its own.
+        `self` smooths f^P; images (B, C, H, W) and noise are those of f's cache. For each image, with
+        probability at least 1 - (alpha + alpha_zeta), g^P predicts `predict` within `radius` (one-sided), for
+        an f^P fixed without looking at this noise: a search scores with it; its winner needs a certificate of
+        its own.
 
-        Why alpha + alpha_zeta, with the fresh branch bounded at alpha: if truly p_A >= gamma, a replay has a
-        valid p_A and fails by zeta alone, a fresh bound by alpha. If p_A < gamma, a fresh branch means that
-        f's bound failed, as it may with alpha, and a replay fails by that or by zeta (a union bound).
+        Why alpha + alpha_zeta, with the fresh branch bounded at alpha? Let p be the true P[f = c_A]. If p is
+        at least gamma, a replay's p_A is below p: it fails by zeta alone, and a fresh bound fails with alpha.
+        If p is below, a fresh branch means that f's bound failed, as it may with alpha; a replay fails by it
+        or zeta.
 
         An image whose cached class is wrong costs nothing and counts 0. Raises ValueError for impossible
         alphas, n_p beyond the cached samples, another sigma than f's."""
@@ -313,9 +316,6 @@ def acr_difference(rows, base_rows=None) -> tuple[float, float]:
 def certified_accuracy(rows, radius: float) -> float:
     """Share of images that are right, not abstained, and certified at least this l2 radius."""
     return statistics.fmean(bool(row.correct) and row.radius >= radius for row in rows)
-
-
-PARSERS = dict.fromkeys(COLUMNS, int) | {"radius": float, "time": str, "sigma": float, "alpha": float}
 
 
 def write_certificates(file: TextIO, rows: Sequence[Certificate]) -> None:

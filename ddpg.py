@@ -144,10 +144,8 @@ class DDPG:
         batch = self.replay.sample(config.batch_size, self.generator)
         # b moves half of the way to the mini-batch's mean reward
         mean = float(batch[2].mean())
-        self.baseline = (
-            mean if self.baseline is None else self.baseline + config.baseline_rate * (mean - self.baseline)
-        )
-
+        baseline = mean if self.baseline is None else self.baseline
+        self.baseline = baseline + config.baseline_rate * (mean - baseline)
         nets = self.critic, self.critic_target, self.actor_target
         loss = critic_loss(*nets, batch, self.baseline, self.scale, config.discount)
         self.critic_optimizer.zero_grad()

@@ -30,12 +30,16 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
 MIN_BITS, MAX_BITS, FLOAT_BITS = 2, 8, 32
 FIRST_LAST_BITS = 8  # the first and the last layer keep them in every policy
 Policy = dict[str, list[int]]
+MAGIC, VERSION = b"ARQ\n", 1  # of packed files
+ADDS = (operator.add, operator.iadd, torch.add)
+RELUS = {F.relu: math.inf, torch.relu: math.inf, nn.ReLU: math.inf, nn.ReLU6: 6.0}  # and their limits
 
 
 # ---- networks ----
@@ -125,8 +129,8 @@ def load_pretrained(classifier: Classifier, arch: str) -> None:
 def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None) -> Classifier:
     """A float Classifier from a file in a layout in public use; mean and std override what that implies.
     Taken: a bare state dict; {"state_dict": ...} with prefixes `module.` and `1.` (behind a normalise layer)
-    in any order; bases trained by arq.py; CIFAR ResNets with shortcuts named `shortcut`, or none (option A),
-    whose last layer is `linear`, trained with ImageNet's normalisation. Raises ValueError for others."""
+    in any order; bases trained by arq.py; CIFAR ResNets with shortcuts named `shortcut`, or with none (option
+    A; with a last layer `linear`, ImageNet's normalisation is meant). Raises ValueError for others."""
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for files that are no checkpoints
@@ -142,8 +146,9 @@ def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None)
         if state and all(key.startswith((prefix, "0.")) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items() if key[:2] != "0."}
     renamed = {key: key.replace("linear.", "fc.").replace(".shortcut.", ".downsample.") for key in state}
-    options = {}
-    if NETWORKS[arch][1] is CIFAR10 and not any("downsample" in key for key in renamed.values()):
+    options, is_cifar_resnet = {}, getattr(NETWORKS[arch][0], "func", None) is CifarResNet
+    renamed = renamed if is_cifar_resnet else {key: key for key in state}
+    if is_cifar_resnet and not any("downsample" in key for key in renamed.values()):
         options["option_a"] = True
         if "linear.weight" in state:
             mean, std = mean or IMAGENET[0], std or IMAGENET[1]
@@ -207,7 +212,8 @@ def best_step(v: Tensor, q_min: int, q_max: int) -> Tensor:
 class LSQ(nn.Module):
     """The quantizer of one operand: learned step sizes, simulated bits in training.
     channels: of a weight, which has a step per output channel and a symmetric range; None for an input,
-    which has one step. Another quantizer is a subclass with its own `initial_step` and `forward`."""
+    which has one step. Another quantizer is a subclass with its own `initial_step`, `forward` and, where it
+    differs, `integers`: what is certified is step * integers(v)."""
 
     initial_step = staticmethod(best_step)  # (v (rows, elements), q_min, q_max) -> (rows,)
 
@@ -500,9 +506,6 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float, size_budge
 
 
 # ---- saved networks ----
-MAGIC, VERSION = b"ARQ\n", 1
-
-
 def pack_bits(values: Tensor, bits: int) -> bytes:
     """Symmetric integers, shifted to start at 0, so many bits each, lowest bit first."""
     shifted = values.flatten().cpu().to(torch.int16) + (2 ** (bits - 1) - 1)
@@ -696,18 +699,16 @@ def int8_saturates() -> bool:
     return bool((layer.accumulate(torch.full((1, 16, 4, 4), 255.0)) != 16 * 9 * 255 * 127).any())
 
 
-RELUS = {F.relu: math.inf, torch.relu: math.inf, nn.ReLU: math.inf, nn.ReLU6: 6.0}
-ADDS = (operator.add, operator.iadd, torch.add)
-
-
 def fuse(network: nn.Module) -> nn.Module:
     """The network with sums and ReLUs moved into the int8 layers in front of them; a layer that only another
     int8 layer reads writes that one's integers. What torch.fx cannot trace comes back as it is."""
+    first = next(layer for layer in network.modules() if isinstance(layer, Int8Layer))
     tracer = fx.Tracer()
     is_leaf = tracer.is_leaf_module
     tracer.is_leaf_module = lambda module, name: isinstance(module, IntegerLayer) or is_leaf(module, name)
     try:
         graph = tracer.trace(network)
+        ShapeProp(fx.GraphModule(network, graph)).propagate(torch.zeros(2, *first.in_shape))
     except Exception:  # torch.fx raises many kinds, for networks that it cannot follow
         return network
     modules = dict(network.named_modules())
@@ -729,14 +730,18 @@ def fuse(network: nn.Module) -> nn.Module:
     for node in list(graph.nodes):
         if type(module(node)) in (nn.Identity, nn.Dropout):  # nothing, in evaluation
             replace(node, node.args[0])
-    relu = {}
+    relu, overwritten = {}, set()
     for node in filter(int8, list(graph.nodes)):
         after = only_user(node)
         if after and after.target in ADDS and len(after.all_input_nodes) == 2 and not after.kwargs:
             other = next(part for part in after.all_input_nodes if part is not node)
             # The sum overwrites the other part: nobody may read that later, nor may it be a view.
             owned = module(other, (IntegerLayer, nn.MaxPool2d, nn.ReLU))
-            if (owned or other.target in (*ADDS, F.pad, F.relu)) and max(other.users) is after:
+            owned = owned or other.target in (*ADDS, F.pad, F.relu)
+            shapes = [part.meta["tensor_meta"].shape for part in (node, other)]
+            alike = shapes[0] == shapes[1] and len(shapes[0]) == 4 and node.args[0] not in overwritten
+            if owned and alike and max(other.users) is after:
+                overwritten.add(other)
                 after.prepend(node)  # runs once both parts are there
                 node.args = (node.args[0], other)
                 replace(after, node)

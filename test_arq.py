@@ -917,6 +917,51 @@ def test_sums_whose_parts_are_needed_later_stay_whole(backend):
     assert torch.equal(x, before)
 
 
+class TwoReaders(nn.Module):
+    """The sum behind `second` overwrites what `third` reads: `third` must not move behind it."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8))
+        self.fc = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        b = self.second(x)
+        a = self.third(x)
+        y = x + b
+        return self.fc((y + a).mean((2, 3)))
+
+
+class OtherSums(nn.Module):
+    """A broadcast sum, and a sum behind linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.gate = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+        self.second, self.fc = nn.Conv2d(8, 8, 1), nn.Linear(8, 8)
+        self.fd, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        x = F.relu(self.second(x) + self.gate(x.mean((2, 3), keepdim=True)))
+        h = self.fc(x.mean((2, 3)))
+        return self.last(F.relu(h + self.fd(h)))
+
+
+@pytest.mark.parametrize("kind", [TwoReaders, OtherSums])
+@pytest.mark.parametrize("backend", backends())
+def test_sums_of_every_kind_agree_with_the_simulation(backend, kind):
+    torch.manual_seed(0)
+    net, x = kind().eval(), torch.rand(6, 3, 8, 8)
+    table = models.quantize_model(net, 8)
+    models.calibrate(net, [x])
+    models.set_policy(net, models.uniform_policy(table, 8))
+    network = models.integer_network(net, backends=(backend,))
+    with torch.inference_mode():
+        assert torch.allclose(network(x), net(x), atol=1e-3)
+
+
 def test_networks_that_cannot_be_traced_run_layer_by_layer():
     class Branching(nn.Module):
         def __init__(self):
@@ -1593,8 +1638,10 @@ def test_a_loss_that_is_not_finite_ends_training():
     config = arq.parse_config(["--batch-size", "16", "--device", "cpu"])
     classifier = models.build_classifier("resnet8", 10)
     nn.init.constant_(classifier.net.fc.weight, math.inf)
+    saved = []
     with pytest.raises(ValueError, match="not finite at step 2"):
-        arq.train(classifier, arq.draw_shapes(32, seed=0, size=16), config, 2, 0.1)
+        arq.train(classifier, arq.draw_shapes(32, seed=0, size=16), config, 2, 0.1, save=saved.append)
+    assert not saved
 
 
 def test_mixed_precision_trains_nearly_as_float32(monkeypatch):
@@ -1694,7 +1741,7 @@ def test_wrong_input_ends_with_one_line(arguments, words, capsys, tmp_path, monk
 
 def test_the_default_reward_is_the_published_one():
     config = arq.parse_config(["--device", "cpu"])
-    assert config.reward == "irs" and (config.n_p, config.gamma, config.alpha_zeta) == (100, 0.99, 0.001)
+    assert config.reward == "irs" and (config.n_p, config.gamma, config.alpha_zeta) == (200, 0.99, 0.001)
     assert arq.parse_config("--n-p 10 --device cpu".split()).n_p == 10  # as few as can certify
 
 

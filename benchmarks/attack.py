@@ -65,7 +65,9 @@ def attack_network(classifier, test_images, config, options):
     """Certify and attack block by block; yields the counts so far after each."""
     classifier.requires_grad_(False)  # only the image moves
     network = arq.integers(classifier, config)
-    g = arq.smooth(network, test_images, config, "before the attack")
+    g = certify.Smooth(
+        network, len(test_images.classes), config.sigma, config.seed, config.eval_batch, "before the attack"
+    )
     generator, began = torch.Generator(config.device).manual_seed(0), time.monotonic()
     counts = {reach: {"held": 0, "abstained": 0, "broken": 0, "farthest": 0.0} for reach in REACH}
     radii = []
@@ -82,7 +84,14 @@ def attack_network(classifier, test_images, config, options):
             eps = torch.tensor([REACH[reach] * row.radius for row in rows], device=config.device)
             strength = config.sigma, options.steps, options.draws
             x = attack(classifier, images, labels, eps, *strength, generator)
-            judge = arq.smooth(network, test_images, config, f"attacked, {reach}")
+            judge = certify.Smooth(
+                network,
+                len(test_images.classes),
+                config.sigma,
+                config.seed,
+                config.eval_batch,
+                f"attacked, {reach}",
+            )
             classes = judge.predict(x, [row.idx for row in rows], N, ALPHA)
             gone = (x.double() - images.double()).flatten(1).norm(dim=1).tolist()
             for row, c, distance in zip(rows, classes, gone):
@@ -115,7 +124,7 @@ def report(results):
         for reach, factor in REACH.items():
             certified = f"{facts['certified']} of {facts['images']}"
             counts = facts[reach]
-            print(f"{name:<12}{certified:>12}{arq.down(facts['mean_radius']):>9}{factor:>8g} R", end="")
+            print(f"{name:<12}{certified:>12}{arq.shown(facts['mean_radius']):>9}{factor:>8g} R", end="")
             print(f"{counts['held']:>8}{counts['abstained']:>11}{counts['broken']:>8}")
     broken = sum(facts["inside"]["broken"] for facts in results["networks"].values())
     allowed = 2 * ALPHA * sum(facts["images"] for facts in results["networks"].values())
@@ -140,7 +149,7 @@ def main(argv=None):
     train_images, test_images = arq.load_images(config, True), arq.load_images(config, False)
     test_images = test_images.subset(arq.evenly_spaced(options.images, len(test_images)))
     base = models.load_base_checkpoint(options.checkpoint, config.arch, len(test_images.classes))
-    base = arq.prepare(base, config)
+    base = base.to(config.device, memory_format=torch.channels_last).eval()
     networks = {"float": base, "4 bits": quantized_copy(base, train_images, config)}
 
     results = {"checkpoint": Path(options.checkpoint).name}

@@ -66,7 +66,11 @@ def main(argv=None):
         finetuned: None,
     }
 
-    classifier = arq.prepare(models.load_base_checkpoint(options.checkpoint, "resnet20", 10), config)
+    classifier = (
+        models.load_base_checkpoint(options.checkpoint, "resnet20", 10)
+        .to(config.device, memory_format=torch.channels_last)
+        .eval()
+    )
     table = models.quantize_model(classifier, 32)
     models.calibrate(classifier, test[:4])
     state = copy.deepcopy(classifier.state_dict())

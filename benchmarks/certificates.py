@@ -54,7 +54,11 @@ def load_config(options, sigma: str) -> arq.Config:
 
 def load_base(options, config):
     path = f"{options.checkpoints}/resnet20_cifar10_sigma{config.sigma:.2f}.pt"
-    return arq.prepare(models.load_base_checkpoint(path, "resnet20", 10), config)
+    return (
+        models.load_base_checkpoint(path, "resnet20", 10)
+        .to(config.device, memory_format=torch.channels_last)
+        .eval()
+    )
 
 
 def sampled(classifier, images, ids, n, config, key) -> torch.Tensor:
@@ -403,7 +407,7 @@ def table(results):
             lines += sharpness_table(f"sigma {setting}, n = {n:,}{drawn}", found)
     lines += ["", "One- and two-sided ACR of the same counts"]
     for name, row in results["sides"].items():
-        lines.append(f"  {name:<32}{arq.down(row['one-sided'])}  {arq.down(row['two-sided'])}")
+        lines.append(f"  {name:<32}{arq.shown(row['one-sided'])}  {arq.shown(row['two-sided'])}")
     rank = results["ranking"]
     lines += [
         "",

@@ -56,10 +56,12 @@ def parts_of(config: arq.Config):
     train_images, search_images = arq.hold_out(images, config.search_images)
     normalisation = config.mean, config.std
     base = models.load_base_checkpoint(config.checkpoint, config.arch, len(images.classes), *normalisation)
-    base = arq.prepare(base, config)
+    base = base.to(config.device, memory_format=torch.channels_last).eval()
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
     environment = arq.BitWidthEnvironment(table, config.budget, config.size_budget)
-    g = arq.smooth(base, search_images, config, "search")
+    g = certify.Smooth(
+        base, len(search_images.classes), config.sigma, config.seed, config.eval_batch, "search"
+    )
     x = search_images.batch(range(len(search_images)), config.device)
     sizes = config.n0, config.search_n, config.alpha
     cache = g.certify_and_cache(x, search_images.labels, search_images.ids, *sizes)
@@ -76,7 +78,7 @@ def search(out: Path, key: dict, cache, environment, agent, evaluate) -> list[fl
         for record in arq.search(lambda: cache, environment, agent, evaluate):
             records.append(record)
             save({"agent": agent.state_dict(), "records": records})
-            print(f"  episode {record['episode']}: ACR {arq.down(record['acr'])}", flush=True)
+            print(f"  episode {record['episode']}: ACR {arq.shown(record['acr'])}", flush=True)
         return "".join(json.dumps(record) + "\n" for record in records).encode()
 
     log = out / "search.jsonl"

@@ -42,7 +42,11 @@ def main(argv=None):
 
     def base(sigma):
         torch.manual_seed(config.seed)
-        classifier = arq.prepare(models.build_classifier(config.arch, 10), config)
+        classifier = (
+            models.build_classifier(config.arch, 10)
+            .to(config.device, memory_format=torch.channels_last)
+            .eval()
+        )
         settings = dataclasses.replace(config, sigma=sigma)
         arq.train(classifier, train_images, settings, steps, arq.BASE_LR, "base", arq.BASE_DECAY)
         return classifier

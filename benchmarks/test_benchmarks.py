@@ -311,7 +311,7 @@ def test_what_cannot_be_certified_is_refused():
 
 # ---- the scripts ----
 
-SCRIPTS = ("attack", "batchnorm", "certificates", "inference", "resume", "scale", "search", "shapes")
+SCRIPTS = "attack batchnorm certificates figures inference ranking resume scale search shapes".split()
 
 
 def test_every_script_is_tried():
@@ -321,6 +321,8 @@ def test_every_script_is_tried():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_start_and_say_what_they_measure(name, capsys):
+    if name == "figures":
+        pytest.importorskip("matplotlib")
     script = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(SystemExit) as ended:
         script.main(["--help"])
