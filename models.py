@@ -702,16 +702,15 @@ def int8_saturates() -> bool:
 def fuse(network: nn.Module) -> nn.Module:
     """The network with sums and ReLUs moved into the int8 layers in front of them; a layer that only another
     int8 layer reads writes that one's integers. What torch.fx cannot trace comes back as it is."""
-    first = next(layer for layer in network.modules() if isinstance(layer, Int8Layer))
-    tracer = fx.Tracer()
+    modules, layers, tracer = dict(network.named_modules()), (QuantLayer, IntegerLayer), fx.Tracer()
     is_leaf = tracer.is_leaf_module
-    tracer.is_leaf_module = lambda module, name: isinstance(module, IntegerLayer) or is_leaf(module, name)
+    tracer.is_leaf_module = lambda module, name: isinstance(module, layers) or is_leaf(module, name)
     try:
         graph = tracer.trace(network)
+        first = next(modules[n.target] for n in graph.nodes if isinstance(modules.get(n.target), layers))
         ShapeProp(fx.GraphModule(network, graph)).propagate(torch.zeros(2, *first.in_shape))
     except Exception:  # torch.fx raises many kinds, for networks that it cannot follow
         return network
-    modules = dict(network.named_modules())
 
     def module(node, kind=nn.Module) -> nn.Module | None:
         found = modules.get(node.target) if node.op == "call_module" else None
