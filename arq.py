@@ -233,7 +233,8 @@ SAVED_OPTIONS = ("dataset", "arch", "image_size", "sigma")  # in the file of a n
 
 def option(text: str, default=None, groups: str = "", least=None, below=None, **parser):
     """A field of Config: one default or three, by SIZES; groups of stages that rest on it; its range."""
-    shown = f" (default: {default})" if default not in (None, False) else ""
+    shown = " / ".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = f" (default: {shown})" if default not in (None, False) else ""
     metadata = {"default": default, "groups": groups.split(), "least": least, "below": below}
     metadata["parser"] = {"help": text + shown, **parser}
     return field(default=None if isinstance(default, tuple) else default, metadata=metadata)
