@@ -733,9 +733,11 @@ def certify_images(network, images: ImageSet, config: Config, n: int, purpose: s
     done, size = sum(len(rows) for rows, *_ in blocks), max(1, (10_000 if cached else 5_000) // n)
     for results in in_blocks(len(images), done, size, certify_block):
         blocks += results
-        text = io.StringIO()
-        certify.write_certificates(text, [certify.Certificate(**row) for rows, *_ in blocks for row in rows])
         if not cached:
+            text = io.StringIO()
+            certify.write_certificates(
+                text, (certify.Certificate(**row) for block in blocks for row in block[0])
+            )
             write_whole(file, text.getvalue().encode())
         save((blocks, backend))
     return blocks if cached else file.read_bytes()
