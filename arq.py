@@ -45,7 +45,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import certify
 import models
-from certify import ReplayCache, Smooth
+from certify import Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig
 from models import NETWORKS, Classifier, Layer, Policy
 
@@ -735,9 +735,7 @@ def certify_images(network, images: ImageSet, config: Config, n: int, purpose: s
         blocks += results
         if not cached:
             text = io.StringIO()
-            certify.write_certificates(
-                text, (certify.Certificate(**row) for block in blocks for row in block[0])
-            )
+            certify.write_certificates(text, [Certificate(**row) for rows, *_ in blocks for row in rows])
             write_whole(file, text.getvalue().encode())
         save((blocks, backend))
     return blocks if cached else file.read_bytes()
@@ -745,7 +743,7 @@ def certify_images(network, images: ImageSet, config: Config, n: int, purpose: s
 
 def read_cache(file: Path) -> ReplayCache:
     blocks = read_state(file)
-    rows = [certify.Certificate(**row) for rows, *_ in blocks for row in rows]
+    rows = [Certificate(**row) for rows, *_ in blocks for row in rows]
     predictions = torch.cat([predictions for _, predictions, _ in blocks])
     if not any(row.radius for row in rows):
         raise ValueError("the base certifies no search image; train it with noise, longer, or lower --sigma")
