@@ -3,16 +3,8 @@
     python arq.py                                                 # offline, minutes on two cores
     python arq.py --dataset cifar10 --sigma 0.25 --budget 0.015   # the paper's setting
 
-    paper                     here                       meaning
-    Algorithm 1               search, best_policy        episodes of the agent; the best policy
-    FullRobustCertify         Smooth.certify_and_cache   certify f once, keep what it predicted
-    IncrementalRobustCertify  Smooth.certify_incremental the default reward, --reward irs
-    s_l; a -> b               BitWidthEnvironment        state of a layer in [0, 1]; action to bit-width
-    BitOPs(P) <= budget       models.enforce_budget      takes bits off until the policy fits
-    ACR(g^P)                  PolicyEvaluator            quantize, fine-tune briefly, certify
-
 Paper: "ARQ: A Mixed-Precision Quantization Framework for Accurate and Certifiably Robust DNNs",
-arXiv 2410.24214.
+arXiv 2410.24214; the README puts its symbols beside the code.
 """
 
 import argparse
@@ -41,13 +33,14 @@ from torch import Tensor, distributed as dist, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from torchvision.datasets.folder import Image  # PIL's, which comes with torchvision
 from torchvision.transforms.v2 import functional as TF
 
 import certify
 import models
 from certify import Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig
-from models import NETWORKS, Classifier, Layer, Policy
+from models import NETWORKS, Classifier, Layer, Policy, refuse
 
 
 # ---- Algorithm 1 ----
@@ -56,11 +49,10 @@ class BitWidthEnvironment:
     A state (10,) holds, in [0, 1]: index, c_in, c_out, kernel, stride, input map size, number of weights,
     depthwise flag, weight-or-input flag, previous bit-width. First and last layer keep 8 bits, unvisited."""
 
-    def __init__(self, table: list[Layer], budget: float, size_budget: float | None = None):
-        models.enforce_budget(table, models.uniform_policy(table, models.MIN_BITS), budget, size_budget)
-        if len(table) < 3:
-            raise ValueError("no layer is left between the first and the last, which keep 8 bits")
-        self.table, self.budget, self.size_budget = table, budget, size_budget
+    def __init__(self, table: list[Layer], budget: float):
+        models.enforce_budget(table, models.uniform_policy(table, models.MIN_BITS), budget)
+        refuse(len(table) < 3, "no layer is left between the first and the last, which keep 8 bits")
+        self.table, self.budget = table, budget
         self.steps = [(layer, kind) for layer in table[1:-1] for kind in (0, 1)]  # weights, input
         rows = [[i // 2, *row[1:7], row.depthwise, kind] for i, (row, kind) in enumerate(self.steps)]
         features = torch.tensor(rows, dtype=torch.float32)
@@ -85,13 +77,12 @@ class BitWidthEnvironment:
             previous = policy[layer.name][kind] / models.MAX_BITS
             states.append(state)
             actions.append(action)
-        policy = models.enforce_budget(self.table, policy, self.budget, self.size_budget)
+        policy = models.enforce_budget(self.table, policy, self.budget)
         return torch.stack(states), torch.tensor(actions)[:, None], policy
 
 
 class PolicyEvaluator:
     """ACR(g^P) of a policy P: quantize f, fine-tune briefly, certify. Each starts from f's weights.
-
     classifier: f, quantizable and calibrated (models.quantize_model, models.calibrate)
     finetune(classifier): trains it for a few steps, in place
     certificate(classifier, cache): radii of g^P on the images of f's cache, 0 where wrong"""
@@ -108,6 +99,8 @@ class PolicyEvaluator:
     def __call__(self, policy: Policy, cache: ReplayCache) -> float:
         quantized = self.quantize(policy)
         self.finetune(quantized)
+        if not all(value.isfinite().all() for value in quantized.state_dict().values()):
+            return 0.0  # it diverged: there is nothing to certify
         return statistics.fmean(self.certificate(quantized, cache))
 
 
@@ -118,7 +111,6 @@ def relative_gain(acr: float, base_acr: float) -> float:
 
 def search(certify_base, environment, agent, evaluate, reward=relative_gain) -> Iterator[dict]:
     """Algorithm 1: a record per episode. The agent's count of episodes says where it starts.
-
     certify_base() -> ReplayCache of f; environment: BitWidthEnvironment; agent: DDPG or what acts and learns
     alike; evaluate(policy, cache) -> ACR(g^P); reward(ACR(g^P), ACR(g)) -> what the agent learns from"""
     # 1: FullRobustCertify(f); `run` has done it as its step 2
@@ -162,7 +154,6 @@ def augment(images: Tensor, uniform: Tensor) -> Tensor:
 
 def train(classifier, images, config, steps, lr, purpose="train", decay=1e-4, state=None, save=None):
     """Gaussian noise augmentation (Cohen et al., section 3.3): cross-entropy of augmented images plus noise.
-
     In place: `steps` batches of an ImageSet by Nesterov SGD, whose rate rises over the first fifth and falls
     along a cosine; weight decay spares steps, biases and BatchNorm. config: seed, sigma, batch_size. Equal
     arguments train equal networks. save(state) is called per epoch; from such a state an interrupted call
@@ -202,10 +193,9 @@ def train(classifier, images, config, steps, lr, purpose="train", decay=1e-4, st
             optimizer.zero_grad()
             (WORLD * losses.sum() / batch_size).backward()  # processes average their gradients
             optimizer.step()
-            models.keep_steps_positive(classifier)
         if save is not None:
-            if not torch.isfinite(losses).all():
-                raise ValueError(f"{purpose}: the loss is not finite at step {step + 1}; try another --seed")
+            finite = losses.isfinite().all()
+            refuse(not finite, f"{purpose}: the loss is not finite at step {step + 1}; try another --seed")
             parts = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict()}
             save({**parts, "step": step + 1})
     next(count, None)
@@ -253,7 +243,6 @@ class Config:
     std: list = option("likewise", None, "base evaluate", type=float, nargs=3)
     sigma: float = option("noise, in [0, 1] pixels", (0.25, 0.25, 0.25), "base evaluate", below=math.inf)
     budget: float = option("BitOPs allowed, as a fraction of the float network's", 0.015, "search", below=1)
-    size_budget: float = option("weight bits allowed, likewise", None, "search", below=1)
     epochs: int = option("training epochs of the base classifier", (6, 90, 90), "base", 1)
     episodes: int = option("search episodes, one policy each", (24, 600, 600), "search", 1)
     finetune_steps: int = option("training steps of a policy in its episode", (8, 20, 20), "search", 0)
@@ -285,13 +274,9 @@ def flag(name: str) -> str:
 
 def parse_config(argv=None) -> Config:
     """Options from the command line, checked and completed. Raises ValueError."""
-
-    def refuse(message):
-        raise ValueError(f"{message} (see --help)")
-
     about = "Three defaults are those for shapes, for cifar10 and folder, for imagenet."
     parser = argparse.ArgumentParser(allow_abbrev=False, description=about)
-    parser.error = refuse
+    parser.error = lambda message: refuse(True, f"{message} (see --help)")
     for f in dataclasses.fields(Config):
         kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
         parser.add_argument(flag(f.name), default=f.default, **{**kind, **f.metadata["parser"]})
@@ -301,40 +286,37 @@ def parse_config(argv=None) -> Config:
 def complete_config(config: Config) -> Config:
     """Fill in what is left open and refuse what cannot work, before any data is touched."""
     for name in ("checkpoint", "evaluate"):
-        if getattr(config, name) is not None and not Path(getattr(config, name)).is_file():
-            raise ValueError(f"{flag(name)} {getattr(config, name)}: no such file")
+        file = getattr(config, name)
+        refuse(file is not None and not Path(file).is_file(), f"{flag(name)} {file}: no such file")
     packed = models.read_packed(config.evaluate) if config.evaluate else None
     saved = {name: packed[0][name] for name in SAVED_OPTIONS} if packed else {}
     for name in ("arch", "image_size"):
-        if name in saved and getattr(config, name) not in (None, saved[name]):
-            raise ValueError(f"--evaluate {config.evaluate} has {flag(name)} {saved[name]}; omit it")
+        differs = name in saved and getattr(config, name) not in (None, saved[name])
+        refuse(differs, f"--evaluate {config.evaluate} has {flag(name)} {saved.get(name)}; omit it")
     config.dataset = config.dataset or saved.get("dataset", "shapes")
     for f in dataclasses.fields(Config):
         if isinstance(f.metadata["default"], tuple) and getattr(config, f.name) is None:
             usual = f.metadata["default"][SIZES[config.dataset]]
             setattr(config, f.name, saved.get(f.name, usual))
-    if config.pretrained and (config.checkpoint or NETWORKS[config.arch][1] is models.CIFAR10):
-        raise ValueError("--pretrained is for networks like mobilenet_v2, and not with --checkpoint")
+    has_none = config.checkpoint or NETWORKS[config.arch][1] is models.CIFAR10
+    refuse(config.pretrained and has_none, "--pretrained is for mobilenet_v2 and such, without --checkpoint")
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     best = accelerator.type if accelerator else "cpu"
     config.device = best if config.device == "auto" else config.device
-    if config.device not in (best, "cpu"):
-        raise ValueError(f"--device {config.device} is not available on this machine; use --device auto")
+    refuse(config.device not in (best, "cpu"), f"--device {config.device} is not available; use auto")
     if config.eval_batch is None:  # small batches stay in a CPU's cache; a GPU wants large ones
         samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32**2 // max(config.image_size, 32) ** 2)
     for f in dataclasses.fields(Config):
         value, least, below = getattr(config, f.name), f.metadata["least"], f.metadata["below"]
-        if below is not None and value is not None and not 0 < value < below:
-            raise ValueError(f"{flag(f.name)} must be above 0 and below {below}, not {value}")
-        if least is not None and not least <= value < 2**31:
-            raise ValueError(f"{flag(f.name)} must be at least {least} and below 2^31, not {value}")
+        inside = 0 < value < below if below else least is None or least <= value < 2**31
+        wanted = f"above 0 and below {below}" if below else f"at least {least} and below 2^31"
+        refuse(not inside, f"{flag(f.name)} must be {wanted}, not {value}")
     needed = math.floor(math.log(config.alpha) / math.log(0.5)) + 1  # samples that certify if all agree
     for name in ("n", "search_n", "n_p"):
-        if getattr(config, name) < needed:
-            raise ValueError(f"{flag(name)} {getattr(config, name)} never certifies; give at least {needed}")
-    if config.n_p > config.search_n:
-        raise ValueError(f"--n-p {config.n_p} exceeds --search-n {config.search_n}, all it can replay")
+        n = getattr(config, name)
+        refuse(n < needed, f"{flag(name)} {n} never certifies; give at least {needed}")
+    refuse(config.n_p > config.search_n, f"--n-p {config.n_p} exceeds --search-n {config.search_n}")
     if config.out is None:
         file = Path(config.evaluate or "").resolve()
         source = f"evaluate-{file.parent.name}-{file.stem}" if config.evaluate else f"budget{config.budget:g}"
@@ -364,12 +346,12 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def write_whole(path: Path, value) -> None:
-    """Rank 0 writes a JSON, torch or packed file, whole or not at all: beside its place, then into it."""
+def write_whole(path: Path, value) -> str | None:
+    """Rank 0 writes a JSON, torch or packed file, whole or not at all, and returns its digest."""
     if RANK > 0:
-        return
+        return None
     if path.suffix == ".json":
-        value = (json.dumps(value, indent=1) + "\n").encode()
+        value = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
     if not isinstance(value, bytes):
         buffer = io.BytesIO()  # torch.save to a full disk would not be an OSError
         torch.save(value, buffer)
@@ -380,6 +362,21 @@ def write_whole(path: Path, value) -> None:
         file.write(value)
         os.fsync(file.fileno())
     os.replace(part, path)
+    return digest(value)
+
+
+def hold(path: Path):
+    """A file that keeps path for this process while it is open. Raises ValueError if another has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_suffix(".lock").open("a")
+    if RANK == 0 and os.name == "posix":
+        import fcntl  # Windows has none, and no lock
+
+        try:  # lockf is seen over NFS, ends with the process, and is not handed to workers
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(f"another process is at work on {path}; wait for its end, or stop it") from None
+    return file
 
 
 def gather(value) -> list:
@@ -401,32 +398,27 @@ class Stages:
         for name, record in list(self.records.items()):
             old, new = record["key"], keys.get(name, {})
             differ = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-            if differ and not (restart and name in keys):
-                texts = [f"{flag(key)} {old.get(key)} there, {new.get(key)} here" for key in differ[:4]]
-                where = f"{path.parent} holds another run, from '{name}' on: {'; '.join(texts)}"
-                raise ValueError(f"{where}; give another --out, or --restart to do that anew")
+            texts = [f"{flag(key)} {old.get(key)} there, {new.get(key)} here" for key in differ[:4]]
+            where = f"{path.parent} holds another run, from '{name}' on: {'; '.join(texts)}"
+            refuse(differ and not (restart and name in keys), f"{where}; give another --out, or --restart")
             if differ:
                 del self.records[name]
 
     def do(self, name: str, product: Path, work: Callable, shared: bool = False) -> None:
-        """Make the file `product` of what work(state, save) returns, unless that is finished.
-        state: what an interrupted `work` handed to save last, or None. Every process calls save, and waits.
-        A shared product is taken from whichever run made it."""
+        """Make the file `product` of what work(state, save) returns, unless that is finished (or shared, and
+        there). state: what an interrupted `work` handed to save last, or None. Every process calls save, and
+        waits. What rests on another product is done anew."""
         record = self.records.get(name)
-        if all(gather(product.exists())) and (shared or (record and record["finished"])):
-            if record:
-                record.update(state=None, finished=True)  # if killed just before that
-            print(f"{name}: finished earlier, used again", flush=True)
-            return
-        self.path.with_name("results.json").unlink(missing_ok=True)
-        if not record or record["finished"]:
-            for other in [other for other in self.keys if set(self.keys[name]) < set(self.keys[other])]:
-                self.records.pop(other, None)  # it rests on what is made anew
-            record = {"key": self.keys[name], "seconds": 0.0, "forward_passes": 0}
+        made = digest(product.read_bytes()) if product.exists() else None
+        if made and record and record["finished"] and record["product"] != made:
+            print(f"{name}: {product} was changed since it was made, and is made again", flush=True)
+            made = None
+        used = all(gather(made)) and (shared or (record and record["finished"]))
+        self.sharing = hold(product) if shared and not used else None
+        if not record or (record["finished"] and not used):
+            old = record and record["product"]
+            record = {"key": self.keys[name], "seconds": 0.0, "forward_passes": 0, "product": old}
             self.records[name] = record = record | {"state": None, "finished": False}
-            write_whole(self.path, self.records)  # before the product changes
-        print(f"{name} ..." if record["state"] is None else f"{name}, continued ...", flush=True)
-        self.passes, since = 0, time.monotonic()
 
         def save(state, finished: bool = False) -> None:
             nonlocal since
@@ -436,7 +428,21 @@ class Stages:
             self.passes, since = 0, time.monotonic()
             write_whole(self.path, self.records)
 
-        write_whole(product, work(record["state"], save))
+        self.passes, since = 0, time.monotonic()
+        if used:
+            print(f"{name}: finished earlier, used again", flush=True)
+            if record["finished"]:
+                return
+        else:
+            print(f"{name} ..." if record["state"] is None else f"{name}, continued ...", flush=True)
+            self.path.with_name("results.json").unlink(missing_ok=True)
+            write_whole(self.path, self.records)  # before the product changes
+            made = gather(write_whole(product, work(record["state"], save)))[0]
+        if record["product"] not in (None, made):
+            for other in [other for other in self.keys if set(self.keys[name]) < set(self.keys[other])]:
+                self.records.pop(other, None)
+        record["product"] = made
+        self.sharing = None  # lets others go on
         save(None, finished=True)
 
     def watch(self, classifier: nn.Module) -> nn.Module:
@@ -462,9 +468,11 @@ def open_run(config: Config, stages: dict[str, str], images: "ImageSet", test_im
         keys[stage] = {name: values[name] for name in names}
     out = Path(config.out)
     if out.exists() and not (out / "state.pt").exists():
-        if not out.is_dir() or any(entry.suffix != ".part" for entry in out.iterdir()):
+        if not out.is_dir() or any(entry.suffix not in (".part", ".lock") for entry in out.iterdir()):
             raise ValueError(f"--out {out} is not empty and holds no run of this program; give another --out")
+    held = hold(out / "run")
     opened = Stages(out / "state.pt", keys, config.restart)
+    opened.held = held
     gather(None)  # every process has seen the folder as it was
     write_whole(opened.path, opened.records)  # what is forgotten must not come back
     write_whole(out / "config.json", dataclasses.asdict(config))
@@ -503,10 +511,6 @@ class ImageSet:
         """Float images (len(indices), 3, size, size) in [0, 1]."""
         return self.read(indices).to(device).float().div_(255)
 
-    def block(self, part: slice, device="cpu") -> tuple[Tensor, list[int], list[int]]:
-        """Float images, labels and ids."""
-        return self.batch(range(len(self))[part], device), self.labels[part], self.ids[part]
-
     def batches(self, batches: list) -> Iterator[Tensor]:
         """uint8 images for each indices of many; worker processes decode files ahead."""
         workers = 0 if isinstance(self.source, Tensor) else self.workers
@@ -533,12 +537,14 @@ def hold_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
 
 
 def read_image(path: str, size: int) -> Tensor:
-    """An RGB image as uint8 (3, size, size): shorter side resized, centre cropped. Raises ValueError."""
+    """An RGB image as uint8 (3, size, size): shorter side resized, centre cropped, as stored (torchvision
+    does not turn photographs as their EXIF says, either). Raises ValueError."""
     try:
-        image = TF.pil_to_tensor(torchvision.datasets.folder.default_loader(path))
+        with Image.open(path) as file:
+            refuse(file.mode[0] in "IF", f"mode {file.mode} has no fixed range: save it with 8 bits")
+            image = TF.pil_to_tensor(file.convert("RGB"))
     except Exception as error:  # decoders raise many kinds for broken files
-        reason = str(error)[:60]
-        raise ValueError(f"{path}: cannot be read as an image ({reason}); repair or remove it") from None
+        raise ValueError(f"{path}: no readable image ({str(error)[:80]}); repair or remove it") from None
     if image.shape[1:] != (size, size):
         image = TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])
     return image
@@ -551,11 +557,7 @@ def load_images(config: Config, train: bool) -> ImageSet:
     if config.dataset == "shapes":
         images = draw_shapes(8000 if train else 1000, seed=0 if train else 1, size=size)
     elif folder.is_dir():
-        try:
-            found = torchvision.datasets.ImageFolder(folder)
-        except FileNotFoundError as error:
-            expected = f"expected {folder}/<class>/*.jpg or .png"
-            raise ValueError(f"{str(error).split('. S')[0]}; {expected}") from None
+        found = torchvision.datasets.ImageFolder(folder)
         paths, labels = map(list, zip(*found.samples))
         images = ImageSet(labels, found.classes, size, paths, config.workers)
     elif config.dataset == "cifar10":
@@ -570,13 +572,10 @@ def load_images(config: Config, train: bool) -> ImageSet:
         images = ImageSet(labels.tolist(), data.classes, size, pixels.contiguous())
     else:
         raise ValueError(f"--data {root}: expected an image tree, {root}/train/<class>/*, and test/ or val/")
-    if len(images.classes) < 2:
-        raise ValueError(f"--data {root}: at least two classes are needed, there is one folder")
-    if not train and config.images > len(images):
-        raise ValueError(f"--images {config.images}: the test set has only {len(images)} images")
-    if train and config.search_images + config.batch_size > len(images):
-        sizes = f"one --batch-size of {config.batch_size}: there are {len(images)} training images"
-        raise ValueError(f"--search-images {config.search_images} leaves less than {sizes}")
+    refuse(len(images.classes) < 2, f"--data {root}: at least two classes are needed, there is one folder")
+    needed = config.search_images + config.batch_size if train else config.images
+    asked = "--search-images and a --batch-size need" if train else "--images"
+    refuse(needed > len(images), f"{asked} {needed}: there are only {len(images)} images in this set")
     return images
 
 
@@ -621,13 +620,12 @@ def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
 def run(config: Config) -> None:
     """The method in five steps. An interrupted one continues, a finished one is used again."""
     images, test_images = load_images(config, True), load_images(config, False)
-    if images.classes != test_images.classes:
-        differ = sorted(set(images.classes) ^ set(test_images.classes))
-        raise ValueError(f"--data {config.data}: class {differ[0]!r} is only in training or only in test")
+    differ = sorted(set(images.classes) ^ set(test_images.classes))
+    refuse(differ, f"--data {config.data}: classes {differ[:3]} are only in training or only in test")
     train_images, search_images = hold_out(images, config.search_images)
     base = build_base(config, len(images.classes))
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
-    environment = BitWidthEnvironment(table, config.budget, config.size_budget)
+    environment = BitWidthEnvironment(table, config.budget)
     stages, out = open_run(config, STAGES, images, test_images), Path(config.out)
     counts = f"{len(train_images)} training, {config.search_images} search and {config.images} test images"
     print(f"{config.dataset}: {counts}; {config.arch}, sigma {config.sigma:g}; run folder {out}")
@@ -665,8 +663,8 @@ def run(config: Config) -> None:
     float_policy = models.uniform_policy(table, 32, 32)
     results["base"] = summarize(base_rows, base, table, float_policy, config, base_file)
     results["base"]["search_acr"] = certify.average_certified_radius(cache.certificates)
-    mean, error = certify.acr_difference(rows, base_rows)
-    results["acr_difference"] = {"mean": mean, "standard_error": error}
+    difference = certify.acr_difference(rows, base_rows)
+    results["acr_difference"] = dict(zip(("mean", "standard_error"), difference))
     report(results, stages)
 
 
@@ -676,9 +674,8 @@ def evaluate_saved(config: Config) -> None:
     if models.read_packed(file):
         classifier, table, saved = models.load_model(file)
         policy = saved["policy"]
-        if saved["classes"] != images.classes:
-            differ = f"{saved['classes'][:3]} ..., these images {images.classes[:3]} ..."
-            raise ValueError(f"--evaluate {file} has classes {differ}; give its --data")
+        differ = f"{saved['classes'][:3]} ..., these images {images.classes[:3]} ..."
+        refuse(saved["classes"] != images.classes, f"--evaluate {file} has classes {differ}; give its --data")
     else:
         classifier = build_base(dataclasses.replace(config, checkpoint=file), len(images.classes))
         table = models.quantize_model(classifier, config.image_size)
@@ -693,10 +690,13 @@ def build_base(config: Config, num_classes: int) -> Classifier:
     """The float base, of --checkpoint or to be trained, in the layout that convolutions run fastest in."""
     torch.manual_seed(config.seed)
     of = config.arch, num_classes, config.mean, config.std
-    build = models.build_classifier
-    if config.checkpoint is not None:
-        build = partial(models.load_base_checkpoint, config.checkpoint)
-    return build(*of).to(config.device, memory_format=torch.channels_last).eval()
+    if config.checkpoint is None:
+        base = models.build_classifier(*of)
+    else:
+        base = models.load_base_checkpoint(config.checkpoint, *of)
+        mean, std = (shown(dict(enumerate(values.flatten().tolist()))) for values in (base.mean, base.std))
+        print(f"{config.checkpoint}: images are normalised by mean {mean}, standard deviation {std}")
+    return base.to(config.device, memory_format=torch.channels_last).eval()
 
 
 def integers(classifier: Classifier, config: Config) -> nn.Module:
@@ -723,31 +723,30 @@ def certify_images(network, images: ImageSet, config: Config, n: int, purpose: s
     cached = file.suffix == ".pt"
 
     def certify_block(part: slice) -> tuple:
-        block = *images.block(part, config.device), config.n0, n, config.alpha
-        cache = g.certify_and_cache(*block) if cached else ReplayCache(g.certify(*block), None, "")
-        return [row._asdict() for row in cache.certificates], cache.predictions, cache.key
+        x = images.batch(range(len(images))[part], config.device)
+        of = x, images.labels[part], images.ids[part], config.n0, n, config.alpha
+        rows, predictions, key = g.certify_and_cache(*of, skip_wrong=cached)
+        return [tuple(row) for row in rows], predictions if cached else None, key
 
     blocks, begun = state or ([], backend)
-    if begun != backend:
-        raise ValueError(f"{file} was begun on backend {begun}, here it is {backend}; give a new --out")
+    refuse(begun != backend, f"{file} was begun on {begun}, here {backend} is best; give a new --out")
     done, size = sum(len(rows) for rows, *_ in blocks), max(1, (10_000 if cached else 5_000) // n)
-    for results in in_blocks(len(images), done, size, certify_block):
-        blocks += results
-        if not cached:
-            text = io.StringIO()
-            certify.write_certificates(text, [Certificate(**row) for rows, *_ in blocks for row in rows])
-            write_whole(file, text.getvalue().encode())
+    for first in progress("certifying", "images", done, len(images), size * WORLD):
+        start = first + RANK * size  # blocks do not depend on the number of processes
+        results = gather(certify_block(slice(start, start + size)) if start < len(images) else None)
+        blocks += [result for result in results if result is not None]
         save((blocks, backend))
-    return blocks if cached else file.read_bytes()
+    text = io.StringIO()
+    certify.write_certificates(text, [row for rows, *_ in blocks for row in rows])
+    return blocks if cached else text.getvalue().encode()
 
 
 def read_cache(file: Path) -> ReplayCache:
     blocks = read_state(file)
-    rows = [Certificate(**row) for rows, *_ in blocks for row in rows]
-    predictions = torch.cat([predictions for _, predictions, _ in blocks])
-    if not any(row.radius for row in rows):
-        raise ValueError("the base certifies no search image; train it with noise, longer, or lower --sigma")
-    return ReplayCache(rows, predictions, key=blocks[0][2])
+    rows = [Certificate(*row) for rows, *_ in blocks for row in rows]
+    useless = not any(row.radius for row in rows)
+    refuse(useless, "the base certifies no search image; train it with noise, longer, or lower --sigma")
+    return ReplayCache(rows, torch.cat([predictions for _, predictions, _ in blocks]), blocks[0][2])
 
 
 def policy_evaluator(base, train_images, search_images, config: Config) -> PolicyEvaluator:
@@ -794,17 +793,18 @@ def search_policies(environment, evaluate, cache, config: Config, log: Path, sta
     records = state["records"] if state else []
     if records:
         agent.load_state_dict(state["agent"])
-    first, start = len(records), time.monotonic()
-    last = start
+    last = time.monotonic()
     for record in search(lambda: cache, environment, agent, evaluate):
         record["bitops_ratio"] = models.bitops_ratio(environment.table, record["policy"])
         record["size_bytes"] = models.size_bytes(environment.table, record["policy"])
         record["seconds"] = round(time.monotonic() - last, 3)
         records.append(record)
-        write_whole(log, "".join(json.dumps(record) + "\n" for record in records).encode())
+        lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
+        write_whole(log, "".join(lines).encode())
         save({"agent": agent.state_dict(), "records": records})
         last, done = time.monotonic(), len(records)
-        left = timedelta(seconds=round((last - start) / (done - first) * (config.episodes - done)))
+        pace = statistics.median(record["seconds"] for record in records)
+        left = timedelta(seconds=round(pace * (config.episodes - done)))
         best = shown(max(record["acr"] for record in records))
         gained = f"ACR {shown(record['acr'])}  reward {record['reward']:+.4f}  best ACR {best}"
         cost = f"BitOPs {100 * record['bitops_ratio']:.3f} %"
@@ -828,26 +828,17 @@ def certified(stage: str, network, images: ImageSet, config: Config, stages: Sta
     return certify.read_certificates(file)
 
 
-def in_blocks(total: int, done: int, block: int, work: Callable[[slice], object]) -> Iterator[list]:
-    """Results of work(part) on blocks, one per process at a time; blocks do not depend on their number."""
-    for first in progress("certifying", "images", done, total, block * WORLD):
-        start = first + RANK * block
-        results = gather(work(slice(start, min(start + block, total))) if start < total else None)
-        yield [result for result in results if result is not None]
-
-
 # ---- reports ----
 def summarize(rows, network: nn.Module, table, policy: Policy, config: Config, file: Path) -> dict:
     """What results.json says of a network and its file; one-sided radii unless named."""
+    accuracy, acr = certify.certified_accuracy, certify.average_certified_radius
     both = certify.two_sided(rows)
-    both_accuracy = certify.certified_accuracy(both, 0)
-    accuracies = {str(radius): certify.certified_accuracy(rows, radius) for radius in (0.0, 0.25, 0.5, 0.75)}
     return {
-        "accuracy": certify.certified_accuracy(rows, 0),
-        "certified_accuracy": accuracies,
-        "acr": certify.average_certified_radius(rows),
+        "accuracy": accuracy(rows, 0),
+        "certified_accuracy": {str(radius): accuracy(rows, radius) for radius in (0.0, 0.25, 0.5, 0.75)},
+        "acr": acr(rows),
         "acr_standard_error": certify.acr_difference(rows)[1],
-        "two_sided": {"acr": certify.average_certified_radius(both), "accuracy": both_accuracy},
+        "two_sided": {"acr": acr(both), "accuracy": accuracy(both, 0)},
         "abstained": sum(row.predict == certify.ABSTAIN for row in rows) / len(rows),
         "bitops_ratio": models.bitops_ratio(table, policy),
         "size_bytes": models.size_bytes(table, policy),
@@ -864,7 +855,9 @@ def shown(value) -> str:
     """Fractions and radii to four decimals, rounded towards zero: none exceeds what is certified."""
     if isinstance(value, dict):
         return " ".join(map(shown, value.values()))
-    return f"{math.floor(value * 1e4) / 1e4:.4f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{math.floor(value * 1e4) / 1e4:.4f}"
+    return "-" if value is None else str(value)
 
 
 def report(results: dict, stages: Stages) -> None:
@@ -881,7 +874,7 @@ def report(results: dict, stages: Stages) -> None:
         print(f"{label:<38}" + "".join(f"{shown(column[name]):>28}" for column in columns.values()))
     if "acr_difference" in results:
         mean, error = results["acr_difference"].values()
-        print(f"ACR less the base's, on the same images: {mean:+.4f}, standard error {error:.4f}")
+        print(f"ACR less the base's, on the same images: {mean:+.4f}, standard error {shown(error)}")
     print(f"written to {stages.path.parent}/", flush=True)
 
 

@@ -33,12 +33,17 @@ from typing import TextIO
 
 import torch
 from scipy.stats import beta, binomtest, norm
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 ABSTAIN = -1
 CHUNK = 100  # noise is drawn this many samples at a time, whatever the batch size
 Classifier = Callable[[Tensor], Tensor]
+
+
+def refuse(wrong, message: str) -> None:
+    if wrong:
+        raise ValueError(message)
 
 
 # ---- bounds and radii ----
@@ -47,10 +52,8 @@ def lower_confidence_bound(k, n, alpha):
     P[bound <= true probability] >= 1 - alpha. Numbers give a float; arrays broadcast and give a float64
     tensor. Raises ValueError unless 0 <= k <= n, n >= 1 and 0 < alpha < 1."""
     k, n, alpha = (torch.as_tensor(value, dtype=torch.float64).cpu().numpy() for value in (k, n, alpha))
-    if not ((alpha > 0) & (alpha < 1)).all():
-        raise ValueError(f"alpha must lie strictly between 0 and 1, not {alpha}")
-    if not ((k >= 0) & (k <= n) & (n >= 1)).all():
-        raise ValueError("counts must satisfy 0 <= k <= n and n >= 1")
+    refuse(not ((alpha > 0) & (alpha < 1)).all(), f"alpha must lie between 0 and 1, not at {alpha}")
+    refuse(not ((k >= 0) & (k <= n) & (n >= 1)).all(), "counts must satisfy 0 <= k <= n and n >= 1")
     positive = k > 0  # k = 0 has no beta quantile: its bound is 0
     return _number_or_tensor(beta.ppf(alpha, k + ~positive, n - k + 1) * positive)
 
@@ -62,16 +65,14 @@ def upper_confidence_bound(k, n, alpha):
 
 def certified_radius(p_a, sigma: float, p_b=None):
     """Certified l2 radius R = sigma/2 (Phi^-1(p_A) - Phi^-1(p_B)), in [0, 1] pixels (ARQ, Theorem 2.1).
-
     p_a bounds the predicted class's probability from below, p_b every other class's from above; without p_b,
     1 - p_a takes its place: R = sigma Phi^-1(p_A), the one-sided radius of published tables. Numbers or
     arrays; 0 where nothing is certified. Raises ValueError unless sigma > 0 and 0 <= p_a, p_b <= 1."""
-    if not sigma > 0:
-        raise ValueError(f"sigma must be positive, not {sigma}")
+    refuse(not sigma > 0, f"sigma must be positive, not {sigma}")
     p_a = torch.as_tensor(p_a, dtype=torch.float64).cpu()
     p_b = 1 - p_a if p_b is None else torch.as_tensor(p_b, dtype=torch.float64).cpu()
-    if not ((p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1)).all():
-        raise ValueError("probabilities must lie between 0 and 1")
+    possible = (p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1)
+    refuse(not possible.all(), "probabilities must lie between 0 and 1")
     certified = p_a > p_b  # elsewhere 1/2 stands for both: infinite quantiles may have no difference
     quantile_a = norm.ppf(torch.where(certified, p_a, 0.5))
     quantile_b = norm.isf(torch.where(certified, p_b, 0.5))  # -Phi^-1(p_B), precise near 0
@@ -121,16 +122,19 @@ class Smooth:
     """The smoothed classifier g(x) = argmax_c P[f(x + eps) = c], eps ~ N(0, sigma^2 I).
 
     classifier: f, any callable from images (B, C, H, W) to logits (B, num_classes)
+    num_classes: None for as many as f has
     sigma: standard deviation of the noise, in [0, 1] pixels
     seed, purpose: name the noise; equal names draw equal noise
     batch_size: samples per forward pass; what integer networks predict does not depend on it
-    Guarantees hold in real, not in floating-point arithmetic, as in all common code (Voracek, Hein 2023)."""
+    Noisy images are made in float32 and given to f in the type of its parameters. Guarantees hold in real,
+    not in floating-point arithmetic, as in all common code (Voracek, Hein 2023). Every method refuses, by
+    ValueError, pixels outside [0, 1], ids given twice, an f in training mode, logits that name no class."""
 
     def __init__(self, classifier, num_classes, sigma, seed=0, batch_size=100, purpose="certificate"):
+        refuse(not (sigma > 0 and batch_size >= 1), f"sigma {sigma} or batch_size {batch_size} is too small")
         self.classifier, self.num_classes = classifier, num_classes
         self.sigma, self.batch_size = sigma, batch_size
         self.key = f"{seed}|{purpose}"  # names the noise; equal keys replay it, others are fresh
-        self.dtype = torch.uint8 if num_classes <= 256 else torch.int16
 
     def certify(self, images, labels, ids=None, n0=100, n=1000, alpha=0.001) -> list[Certificate]:
         """CERTIFY (Cohen et al., section 3.2.2) for a block of images (B, C, H, W) in [0, 1].
@@ -138,22 +142,23 @@ class Smooth:
         For each image, with probability at least 1 - alpha over the noise: unless the certificate abstains, g
         predicts `predict` everywhere closer than `radius` in l2. alpha is spent per image: about alpha * B
         certificates may be wrong. ids name the images' noise (default: their positions)."""
-        return self._certify(images, labels, ids, n0, n, alpha, skip_wrong=False).certificates
+        return self.certify_and_cache(images, labels, ids, n0, n, alpha, skip_wrong=False).certificates
 
-    def certify_and_cache(self, images, labels, ids=None, n0=100, n=1000, alpha=0.001) -> ReplayCache:
-        """CERTIFY for the base classifier f, keeping each sample's prediction; guarantee as there.
-        An image whose selected class is wrong adds 0 to the ACR of f and of f^P: no samples, it abstains."""
-        return self._certify(images, labels, ids, n0, n, alpha, skip_wrong=True)
-
-    def _certify(self, images, labels, ids, n0, n, alpha, skip_wrong) -> ReplayCache:
+    def certify_and_cache(self, images, labels, ids=None, n0=100, n=1000, alpha=0.001, skip_wrong=True):
+        """CERTIFY for the base classifier f, as a ReplayCache with each sample's prediction.
+        skip_wrong: an image of wrong selected class, which adds 0 to the ACR of f and of f^P, gets no samples
+        and abstains."""
         start = time.monotonic()
         ids = range(len(images)) if ids is None else ids
         # counts0 <- SampleUnderNoise(f, x, n0, sigma)
         counts0 = self.sample_under_noise(images, ids, n0, self.key + "/select")
+        labels = torch.as_tensor(labels).cpu()
+        fit = labels.shape == (len(images),) and ((labels >= 0) & (labels < self.num_classes)).all()
+        refuse(not fit, f"{len(images)} images need as many labels from 0 to {self.num_classes - 1}")
         # c_A <- top index in counts0
         selected = counts0.argmax(1)
         # counts <- SampleUnderNoise(f, x, n, sigma). n is part of the key: another n draws all samples anew.
-        sizes = torch.where(selected == torch.as_tensor(labels), n, 0 if skip_wrong else n)
+        sizes = torch.where(selected == labels, n, 0 if skip_wrong else n)
         key = f"{self.key}/estimate{n}"
         predictions = self.predictions(images, ids, sizes, key)
         predictions = F.pad(predictions, (0, n - predictions.shape[1]))
@@ -166,7 +171,7 @@ class Smooth:
         predicted = torch.where(p_a > 0.5, selected, ABSTAIN)
         radius = certified_radius(p_a, self.sigma)
         seconds = str(timedelta(seconds=(time.monotonic() - start) / len(labels)))
-        correct = (predicted == torch.as_tensor(labels)).long()
+        correct = (predicted == labels).long()
         found = {"predict": predicted, "radius": radius, "correct": correct}
         votes = {"selected": selected, "n_a": n_a, "n_b": n_b, "n": sizes}
         columns = {"idx": ids, "label": labels, **found, **votes}
@@ -191,9 +196,7 @@ class Smooth:
 
         `self` smooths f^P; images (B, C, H, W) and noise are those of f's cache. For each image, with
         probability at least 1 - (alpha + alpha_zeta), g^P predicts `predict` within `radius` (one-sided), for
-        an f^P fixed without looking at this noise: a search scores with it; its winner needs a certificate of
-        its own.
-
+        an f^P chosen without this noise: a search scores with it, its winner needs a certificate of its own.
         Why alpha + alpha_zeta, with the fresh branch bounded at alpha? Let p be the true P[f = c_A]. If p is
         at least gamma, a replay's p_A is below p: it fails by zeta alone, and a fresh bound fails with alpha.
         If p is below, a fresh branch means that f's bound failed, as it may with alpha; a replay fails by it
@@ -203,10 +206,9 @@ class Smooth:
         alphas, n_p beyond the cached samples, another sigma than f's."""
         selected, right, ids = self._cached(cache)
         n, alpha = cache.predictions.shape[1], cache.certificates[0].alpha
-        if not (alpha_zeta > 0 and alpha + alpha_zeta < 1):
-            raise ValueError(f"alpha + alpha_zeta = {alpha} + {alpha_zeta} must stay between 0 and 1")
-        if n_p > n:
-            raise ValueError(f"n_p = {n_p} exceeds the {n} cached samples")
+        possible = alpha_zeta > 0 and alpha + alpha_zeta < 1
+        refuse(not possible, f"alpha + alpha_zeta = {alpha} + {alpha_zeta} must stay between 0 and 1")
+        refuse(n_p > n, f"n_p = {n_p} exceeds the {n} cached samples")
         # c_A, p_A <- what f was certified with
         n_a = torch.tensor([row.n_a for row in cache.certificates])
         p_a = lower_confidence_bound(n_a, n, alpha)
@@ -246,8 +248,8 @@ class Smooth:
     def _cached(self, cache: ReplayCache) -> tuple[Tensor, Tensor, list[int]]:
         """Selected classes (B,), whether they are the labels (B,), and the images' ids."""
         rows = cache.certificates
-        if rows[0].sigma != self.sigma:
-            raise ValueError(f"the cache has sigma {rows[0].sigma}, this classifier {self.sigma}")
+        sigma = rows[0].sigma
+        refuse(sigma != self.sigma, f"the cache has sigma {sigma}, this classifier {self.sigma}")
         selected = torch.tensor([row.selected for row in rows])
         return selected, selected == torch.tensor([row.label for row in rows]), [row.idx for row in rows]
 
@@ -261,7 +263,12 @@ class Smooth:
     @torch.inference_mode()
     def predictions(self, images, ids, sizes: Tensor, key: str, first: int = 0) -> Tensor:
         """Classes of noisy copies first .. first + sizes[i] - 1 of images[i]: (B, largest size), then zeros.
-        uint8 (int16 beyond 256 classes). All images' samples are classified in order, in full batches."""
+        uint8 (wider beyond 256 classes). All images' samples are classified in order, in full batches."""
+        pixels = images.is_floating_point() and ((images >= 0) & (images <= 1)).all()
+        refuse(not pixels, "images must be floats in [0, 1], not normalised; divide 8-bit ones by 255")
+        ids = torch.as_tensor(ids).tolist()
+        named = len(images) == len(ids) == len(set(ids))
+        refuse(not named, f"{len(images)} images need as many different ids: an id names an image's noise")
         found, batch = [], []
         left, room = int(sizes.sum()), self.batch_size
         for image, image_id, size in zip(images, ids, sizes.tolist()):
@@ -275,12 +282,34 @@ class Smooth:
                     batch.append(part)
                     room, left = room - len(part), left - len(part)
                     if room == 0 or left == 0:
-                        found.append(self.classifier(torch.cat(batch)).argmax(1).cpu())
+                        found.append(self._classify(torch.cat(batch)).cpu())
                         batch, room = [], self.batch_size
-        table = torch.zeros(len(sizes), int(sizes.max()), dtype=self.dtype)
+        classes = self.num_classes or 0
+        dtype = torch.uint8 if classes <= 2**8 else torch.int16 if classes <= 2**15 else torch.int32
+        table = torch.zeros(len(sizes), int(sizes.max()), dtype=dtype)
         if found:
-            table[torch.arange(table.shape[1]) < sizes[:, None]] = torch.cat(found).to(self.dtype)
+            table[torch.arange(table.shape[1]) < sizes[:, None]] = torch.cat(found).to(dtype)
         return table
+
+    def _classify(self, noisy: Tensor) -> Tensor:
+        """f's classes (B,) of a batch; whatever is no answer is refused."""
+        if isinstance(self.classifier, nn.Module):
+            training = any(module.training for module in self.classifier.modules())
+            refuse(training, "the classifier is in training mode; call its eval() first")
+            noisy = noisy.to(next((p.dtype for p in self.classifier.parameters()), noisy.dtype))
+        logits = self.classifier(noisy)
+        kind = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        are_logits = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(noisy)
+        refuse(not are_logits, f"the classifier must return logits ({len(noisy)}, classes), not {kind}")
+        self.num_classes = self.num_classes or logits.shape[1]
+        fit = 1 < logits.shape[1] == self.num_classes
+        refuse(not fit, f"{self.num_classes} classes, but the classifier gives {logits.shape[1]} logits")
+        largest, classes = logits.max(1)  # nan where there is one
+        if not largest.isfinite().all():
+            alone = (logits == largest[:, None]).sum(1) == 1  # +inf is an answer where no other is
+            wrong = f"{(~logits.isfinite()).sum()} of {logits.numel()} logits are not finite"
+            refuse(not (largest.isfinite() | alone).all(), f"{wrong}: the network is broken")
+        return classes
 
 
 # ---- aggregates and files ----
@@ -289,8 +318,8 @@ def two_sided(rows: Sequence[Certificate]) -> list[Certificate]:
     The most counted other class needs no correction over classes: its bound is at least the true runner-up's.
     The one-sided and the two-sided radius are each wrong with probability at most alpha; the larger, taken
     afterwards, with up to 1.5 alpha. Raises ValueError for rows without counts."""
-    if any(row.n_a is None or row.n_b is None for row in rows):
-        raise ValueError("these certificates hold no counts; a two-sided radius needs n_a and n_b")
+    counted = all(row.n_a is not None and row.n_b is not None for row in rows)
+    refuse(not counted, "these certificates hold no counts; a two-sided radius needs n_a and n_b")
     found = []
     for row in rows:
         p_a = lower_confidence_bound(row.n_a, max(row.n, 1), row.alpha / 2)
@@ -305,12 +334,12 @@ def average_certified_radius(rows) -> float:
     return statistics.fmean(row.radius * row.correct for row in rows)
 
 
-def acr_difference(rows, base_rows=None) -> tuple[float, float]:
-    """Mean and standard error over images of radius * 1[correct], less base_rows' on the same images."""
+def acr_difference(rows, base_rows=None) -> tuple[float, float | None]:
+    """Mean and standard error (of one image: None) of radius * 1[correct], less base_rows' on the same."""
     values = torch.tensor([row.radius * row.correct for row in rows], dtype=torch.float64)
     if base_rows is not None:
         values -= torch.tensor([row.radius * row.correct for row in base_rows], dtype=torch.float64)
-    return float(values.mean()), float(values.std() / math.sqrt(len(values)))
+    return float(values.mean()), float(values.std() / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 def certified_accuracy(rows, radius: float) -> float:
@@ -329,18 +358,20 @@ def write_certificates(file: TextIO, rows: Sequence[Certificate]) -> None:
 
 def read_certificates(path) -> list[Certificate]:
     """Read a TSV of certificates, ours or with only the usual columns idx label predict radius correct time.
-    A last line without its end is left out. Raises ValueError, naming the line, for anything else."""
-    with open(path) as file:
-        lines = file.read().split("\n")[:-1]
+    Raises ValueError, naming the file and the line, for anything else: a last line without its end, too."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:  # spreadsheets write a mark in front
+        *lines, rest = file.read().split("\n")
     names = lines[0].split("\t") if lines else []
-    if names[:5] != COLUMNS[:5] or not set(names) <= set(COLUMNS):
-        raise ValueError(f"{path}: line 1 is not a header of certificates ({' '.join(COLUMNS[:6])} ...)")
+    usual = names[:5] == COLUMNS[:5] and set(names) <= set(COLUMNS)
+    refuse(not usual, f"{path}: line 1 is no header of certificates in UTF-8 ({' '.join(COLUMNS[:6])} ...)")
+    refuse(rest, f"{path}: line {len(lines) + 1} was cut: it has no end; remove it")
     rows = []
     for number, line in enumerate(lines[1:], 2):
         try:
             cells = zip(names, line.split("\t"), strict=True)
             values = {name: PARSERS[name](cell) for name, cell in cells if cell or name == "time"}
             rows.append(Certificate(**values))
+            refuse(not 0 <= rows[-1].radius < math.inf, "a radius is a number from 0")
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: line {number} is not a certificate ({error})") from None
     return rows

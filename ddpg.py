@@ -24,9 +24,8 @@ from torch.nn import functional as F
 
 @dataclass
 class DDPGConfig:
-    """HAQ's settings, but for the end of exploration.
-    Of `episodes`, the first `warmup_episodes` take uniformly random actions; sigma_e then falls
-    geometrically from `noise` to `noise_final` at the last."""
+    """HAQ's settings, but for the end of exploration: after `warmup_episodes` of uniformly random actions,
+    sigma_e falls geometrically from `noise` to `noise_final` at the last of `episodes`."""
 
     hidden: int = 300
     actor_lr: float = 1e-4
@@ -73,29 +72,11 @@ def soft_update(target: nn.Module, source: nn.Module, tau: float) -> None:
         old.lerp_(new, tau)
 
 
-class Replay:
-    """Transitions (s, a, r, s', done) of the last episodes. Each row is real; done marks an episode's end."""
-
-    def __init__(self, capacity: int):
-        self.episodes: deque[tuple[Tensor, ...]] = deque(maxlen=capacity)
-
-    def add(self, states: Tensor, actions: Tensor, reward: float) -> None:
-        """One episode: states (T, S), actions (T, 1); each of its steps gets the episode's reward."""
-        next_states = torch.cat([states[1:], states[-1:]])  # the last row is masked by done
-        done = torch.zeros(len(states), 1)
-        done[-1] = 1
-        self.episodes.append((states, actions, torch.full_like(done, reward), next_states, done))
-
-    def sample(self, batch_size: int, generator: torch.Generator) -> list[Tensor]:
-        columns = [torch.cat(column) for column in zip(*self.episodes)]
-        rows = torch.randint(len(columns[0]), (batch_size,), generator=generator)
-        return [column[rows] for column in columns]
-
-
-class DDPG:
+class DDPG(nn.Module):
     """The agent. Per episode: `act` on each state, then `learn` once with all states, actions, the reward."""
 
     def __init__(self, state_size: int, seed: int = 0, config: DDPGConfig = DDPGConfig()):
+        super().__init__()
         self.config = config
         self.generator = torch.Generator().manual_seed(seed)
         with torch.random.fork_rng(devices=[]):  # leaves the caller's generator untouched
@@ -105,7 +86,7 @@ class DDPG:
         self.actor_target, self.critic_target = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), config.actor_lr, fused=True)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), config.critic_lr, fused=True)
-        self.replay = Replay(config.replay_episodes)
+        self.replay = deque(maxlen=config.replay_episodes)  # episodes of transitions (s, a, r, s', done)
         self.baseline, self.scale, self.episode = None, 1.0, 0
 
     @property
@@ -130,9 +111,12 @@ class DDPG:
 
     def learn(self, states: Tensor, actions: Tensor, reward: float) -> None:
         """Store one finished episode, states (T, S) and actions (T, 1); after warming up, T updates."""
-        self.replay.add(states, actions, reward)
+        next_states = torch.cat([states[1:], states[-1:]])  # the last row is masked by done
+        done = torch.zeros(len(states), 1)
+        done[-1] = 1
+        self.replay.append((states, actions, torch.full_like(done, reward), next_states, done))
         # The critic's unit: the standard deviation of the kept rewards, 1 while all are equal.
-        self.scale = statistics.pstdev(float(episode[2][0]) for episode in self.replay.episodes) or 1.0
+        self.scale = statistics.pstdev(float(episode[2][0]) for episode in self.replay) or 1.0
         self.episode += 1
         if self.episode >= self.config.warmup_episodes:
             for _ in range(len(states)):
@@ -141,7 +125,9 @@ class DDPG:
     def update(self) -> None:
         """One mini-batch: the critic's step, the actor's step, the targets' step."""
         config = self.config
-        batch = self.replay.sample(config.batch_size, self.generator)
+        columns = [torch.cat(column) for column in zip(*self.replay)]
+        rows = torch.randint(len(columns[0]), (config.batch_size,), generator=self.generator)
+        batch = [column[rows] for column in columns]
         # b moves half of the way to the mini-batch's mean reward
         mean = float(batch[2].mean())
         baseline = mean if self.baseline is None else self.baseline
@@ -158,17 +144,15 @@ class DDPG:
         soft_update(self.actor_target, self.actor, config.tau)
         soft_update(self.critic_target, self.critic, config.tau)
 
-    _stateful = ("actor", "critic", "actor_target", "critic_target", "actor_optimizer", "critic_optimizer")
-
-    def state_dict(self) -> dict:
-        """Everything that the next episode depends on, for an exact continuation."""
-        parts = {name: getattr(self, name).state_dict() for name in self._stateful}
+    def get_extra_state(self) -> dict:
+        """With the networks' weights, all that the next episode depends on: see state_dict."""
+        optimizers = [self.actor_optimizer.state_dict(), self.critic_optimizer.state_dict()]
         rest = {"baseline": self.baseline, "episode": self.episode, "generator": self.generator.get_state()}
-        return {**parts, **rest, "replay": list(self.replay.episodes)}
+        return {"optimizers": optimizers, "replay": list(self.replay), **rest}
 
-    def load_state_dict(self, state: dict) -> None:
-        for name in self._stateful:
-            getattr(self, name).load_state_dict(state[name])
-        self.replay.episodes = deque(state["replay"], self.config.replay_episodes)
+    def set_extra_state(self, state: dict) -> None:
+        for optimizer, saved in zip((self.actor_optimizer, self.critic_optimizer), state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        self.replay = deque(state["replay"], self.config.replay_episodes)
         self.baseline, self.episode = state["baseline"], state["episode"]
         self.generator.set_state(state["generator"])

@@ -6,13 +6,6 @@
     network = integer_network(classifier)                # what is evaluated and certified
     data = pack_model(classifier, table, description)    # the same integers as a file
 
-    paper       here              meaning                                              shape
-    P           policy            {layer name: [w_bits, a_bits]}, as in policy.json
-    b_w, b_a    w_bits, a_bits    bit-widths of a layer's weights and of its input     2..8, or both 32
-    s           step              learned step size                                    (c_out,) or ()
-    q           integers(v)       round(v / s), clipped to [q_min, q_max]              as v
-    MACs[l]     Layer.macs        multiply-accumulates of a layer per image
-
 Sources: LSQ (Esser et al., ICLR 2020), learned steps; He et al. (2016), section 4.2, CIFAR ResNets.
 """
 
@@ -22,6 +15,7 @@ import hashlib
 import json
 import math
 import operator
+import re
 import struct
 from collections import namedtuple
 from collections.abc import Sequence
@@ -37,9 +31,18 @@ from torchvision.models.resnet import BasicBlock
 MIN_BITS, MAX_BITS, FLOAT_BITS = 2, 8, 32
 FIRST_LAST_BITS = 8  # the first and the last layer keep them in every policy
 Policy = dict[str, list[int]]
-MAGIC, VERSION = b"ARQ\n", 1  # of packed files
+MAGIC, VERSION = b"ARQ\n", 2  # of packed files
+WRAPPED = "state_dict", "net", "model", "model_state_dict", "model_ema"  # where checkpoints keep weights
+PREFIXES = "module.", "_orig_mod.", "model.", "net.", "1."  # of what wraps a network in checkpoints
+NORMALISE = "mean means mu std stds sds sigma".split()  # what their layers call its numbers
+LAYERS, NORMS = (nn.Conv2d, nn.Linear), (nn.BatchNorm1d, nn.BatchNorm2d)
 ADDS = (operator.add, operator.iadd, torch.add)
 RELUS = {F.relu: math.inf, torch.relu: math.inf, nn.ReLU: math.inf, nn.ReLU6: 6.0}  # and their limits
+
+
+def refuse(wrong, message: str) -> None:
+    if wrong:
+        raise ValueError(message)
 
 
 # ---- networks ----
@@ -107,54 +110,62 @@ for depth in (8, 20, 32, 44, 56, 110):
 
 def build_classifier(arch: str, num_classes: int, mean=None, std=None, **options) -> Classifier:
     """A float Classifier by name, normalised as is usual for it unless mean and std are given."""
-    if arch not in NETWORKS:
-        raise ValueError(f"unknown network {arch!r}; there are {', '.join(NETWORKS)}")
+    refuse(arch not in NETWORKS, f"unknown network {arch!r}; there are {', '.join(NETWORKS)}")
     constructor, usual = NETWORKS[arch]
     return Classifier(constructor(num_classes=num_classes, **options), mean or usual[0], std or usual[1])
 
 
 def load_pretrained(classifier: Classifier, arch: str) -> None:
-    """torchvision's weights, downloaded; if the classes differ, all but the last layer. Raises ValueError."""
-    weights = torchvision.models.get_model_weights(arch).DEFAULT
-    try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:  # no network; a download that was cut
-        place = f"put that file into {torch.hub.get_dir()}/checkpoints"
-        raise ValueError(f"{weights.url} could not be downloaded ({error}); {place}") from None
+    """torchvision's weights, downloaded; if the classes differ, all but the last layer. Raises OSError."""
+    state = torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=False)
     own = classifier.net.state_dict()
     own.update({name: value for name, value in state.items() if value.shape == own[name].shape})
     classifier.net.load_state_dict(own)
 
 
-def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None) -> Classifier:
-    """A float Classifier from a file in a layout in public use; mean and std override what that implies.
-    Taken: a bare state dict; {"state_dict": ...} with prefixes `module.` and `1.` (behind a normalise layer)
-    in any order; bases trained by arq.py; CIFAR ResNets with shortcuts named `shortcut`, or with none (option
-    A; with a last layer `linear`, ImageNet's normalisation is meant). Raises ValueError for others."""
+def read_state_dict(path) -> dict[str, Tensor]:
+    """The one state dict in a checkpoint file, bare or wrapped. Raises ValueError, naming what is there."""
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for files that are no checkpoints
-        reason = f"save its state_dict alone ({str(error).splitlines()[0][:60]})"
-        raise ValueError(f"{path}: not a PyTorch checkpoint of tensors and plain values; {reason}") from None
-    state = raw.get("state_dict", raw) if isinstance(raw, dict) else {}
-    state = {key: value for key, value in state.items() if isinstance(value, Tensor)}
-    if {"mean", "std"} <= state.keys():  # a base that arq.py trained
-        own_mean, own_std = (state.pop(name).flatten().tolist() for name in ("mean", "std"))
-        mean, std = mean or own_mean, std or own_std
-    for prefix in ("module.", "1.", "module.", "net."):
-        # `0.` holds the numbers of a normalise layer in front.
-        if state and all(key.startswith((prefix, "0.")) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items() if key[:2] != "0."}
-    renamed = {key: key.replace("linear.", "fc.").replace(".shortcut.", ".downsample.") for key in state}
-    options, is_cifar_resnet = {}, getattr(NETWORKS[arch][0], "func", None) is CifarResNet
-    renamed = renamed if is_cifar_resnet else {key: key for key in state}
-    if is_cifar_resnet and not any("downsample" in key for key in renamed.values()):
-        options["option_a"] = True
-        if "linear.weight" in state:
-            mean, std = mean or IMAGENET[0], std or IMAGENET[1]
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it holds {unsafe[1]}" if unsafe else str(error).splitlines()[0][:60]
+        saving = f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'new.pt')"
+        reason = f"not a PyTorch checkpoint of tensors and plain values ({what}); if you trust it, {saving}"
+        raise ValueError(f"{path}: {reason}") from None
+    raw = raw if isinstance(raw, dict) else {}
+    states = [raw[key] for key in WRAPPED if isinstance(raw.get(key), dict)] or [raw]
+    state = {key: value for key, value in states[0].items() if isinstance(value, Tensor)}
+    clear = len(states) == 1 and state and all(isinstance(key, str) for key in state)
+    refuse(not clear, f"{path} holds {list(raw)[:6]}, not one state dict of named tensors; save that alone")
+    return state
+
+
+def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None) -> Classifier:
+    """A float Classifier from a file in a layout in public use; mean and std override what that implies.
+    Taken: a state dict, bare or wrapped, behind any of PREFIXES, with the numbers of a normalise layer (in
+    [0, 1] or 0..255); CIFAR ResNets with shortcuts named `shortcut`, or with none (option A; with a last
+    layer `linear`, ImageNet's normalisation is meant). Raises ValueError for others."""
+    state = read_state_dict(path)
+    numbers = sorted(key for key in state if key.rpartition(".")[2] in NORMALISE)  # the mean comes first
+    values = [state.pop(key).flatten().float().expand(3) for key in numbers]
+    if values and not (mean and std):
+        refuse(len(values) != 2, f"{path}: {numbers} are no one normalisation; give --mean and --std")
+        unit = 255 if max(map(torch.max, values)) > 2 else 1
+        mean, std = mean or (values[0] / unit).tolist(), std or (values[1] / unit).tolist()
+    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), ""):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    options = {}
+    if getattr(NETWORKS[arch][0], "func", None) is CifarResNet:
+        if not any(".shortcut." in key or ".downsample." in key for key in state):
+            options["option_a"] = True
+            if "linear.weight" in state:
+                mean, std = mean or IMAGENET[0], std or IMAGENET[1]
+        for old, new in (("linear.", "fc."), (".shortcut.", ".downsample.")):
+            state = {key.replace(old, new): value for key, value in state.items()}
     classifier = build_classifier(arch, num_classes, mean, std, **options)
     try:
-        classifier.net.load_state_dict({renamed[key]: value for key, value in state.items()})
+        classifier.net.load_state_dict(state)
     except RuntimeError as error:
         reason = str(error).splitlines()[1].strip()[:80]
         wrong = f"{path} does not hold a {arch} with {num_classes} classes"
@@ -235,8 +246,7 @@ class LSQ(nn.Module):
     def set_bits(self, bits: int) -> None:
         """Change the bit-width, and start at its initial step. Raises ValueError before `calibrate`."""
         if bits != FLOAT_BITS:
-            if not self.initial_steps[bits].all():
-                raise ValueError("no step sizes yet: call calibrate(classifier, batches) before set_policy")
+            refuse(not self.initial_steps[bits].all(), "no step sizes yet: call calibrate before set_policy")
             self.q_min, self.q_max = integer_range(bits, bool(self.signed), self.is_weight)
             self.step.data.copy_(self.initial_steps[bits])
         self.bits = bits
@@ -252,7 +262,8 @@ class LSQ(nn.Module):
         return quantize(v, self.step_for(v), self.q_min, self.q_max)
 
     def step_for(self, v: Tensor) -> Tensor:
-        """The step, shaped to divide v."""
+        """The step, shaped to divide v. Whatever an optimizer made of it, it stays positive."""
+        self.step.data.clamp_(min=1e-6)
         return self.step.view(-1, *[1] * (v.ndim - 1)) if self.is_weight else self.step
 
 
@@ -285,12 +296,12 @@ class QuantLayer(nn.Module):
     def freeze(self) -> "Integers":
         """norm(conv(a, w) + bias) with a = s_a q_a, w = s_w q_w as conv(q_a, q_w) * scale + shift."""
         w, a, norm = self.weight_quantizer, self.input_quantizer, self.norm
-        scale = w.step * a.step
+        weight = w.integers(self.weight).to(torch.int8)
+        scale = w.step * a.step_for(weight)
         shift = torch.zeros_like(scale) if self.bias is None else self.bias.detach()
         if not isinstance(norm, nn.Identity):
             gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
             scale, shift = scale * gain, (shift - norm.running_mean) * gain + norm.bias
-        weight = w.integers(self.weight).to(torch.int8)
         weight = weight[:, :, None, None] if self.is_linear else weight
         of = weight, a.step.detach(), scale, shift, w.bits, a.bits, bool(a.signed)
         return Integers(*of, self.conv, self.in_shape)
@@ -330,21 +341,22 @@ class IntegerLayer(nn.Module):
         return F.conv2d(q.to(self.sum_type), self.weight.to(self.sum_type), **self.conv).float()
 
 
-def is_exact(layer: IntegerLayer, batch: int) -> bool:
-    """Whether the layer's sums on its device are those of integers, for random and extreme inputs."""
+def exact_layer(kind: type, integers: Integers, batch: int) -> IntegerLayer | None:
+    """A layer of this kind if its sums on this device are those of integers, for random and extreme inputs.
+    Processors without VNNI saturate the sum of two products; the largest inputs show that."""
     generator = torch.Generator().manual_seed(0)
-    q = torch.randint(layer.q_min, layer.q_max + 1, (2, *layer.in_shape), generator=generator)
-    q[1, :, (layer.in_shape[1] + 1) // 2 :] = layer.q_min
-    q[1, :, : (layer.in_shape[1] + 1) // 2] = layer.q_max
-    exact = F.conv2d(q.double(), layer.weight.double().cpu(), **layer.conv).float()
-    q = q.float().to(layer.weight.device, memory_format=torch.channels_last)
+    q_min, q_max = integer_range(integers.a_bits, integers.signed)
+    q = torch.randint(q_min, q_max + 1, (2, *integers.in_shape), generator=generator)
+    q[1, :, (integers.in_shape[1] + 1) // 2 :] = q_min
+    q[1, :, : (integers.in_shape[1] + 1) // 2] = q_max
+    exact = F.conv2d(q.double(), integers.weight.double().cpu(), **integers.conv).float()
+    q = q.float().to(integers.weight.device, memory_format=torch.channels_last)
     copies = max(1, batch // 2), 1, 1, 1
     try:
-        return torch.equal(layer.accumulate(q.repeat(copies)).cpu(), exact.repeat(copies))
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError):  # not on this device
-        return False
+        layer = kind(integers)
+        return layer if torch.equal(layer.accumulate(q.repeat(copies)).cpu(), exact.repeat(copies)) else None
+    except (RuntimeError, ValueError, TypeError, AttributeError):  # not on this device, or another torch
+        return None
 
 
 # ---- the layer table and what a policy costs ----
@@ -356,49 +368,64 @@ Layer = namedtuple("Layer", "name c_in c_out kernel stride map_size weights macs
 @torch.no_grad()
 def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> list[Layer]:
     """Replace every convolution and linear layer, and the BatchNorm it feeds, by a QuantLayer at 32 bits.
-
-    Layers, shapes and BatchNorms are read off one forward pass at (3, image_size, image_size). quantizer:
-    a class as LSQ. Returns the layer table. Raises ValueError unless each layer runs exactly once and 32
-    bits compute what the float network did."""
-    body = getattr(classifier, "net", classifier)
+    Shapes are read off one forward pass of a random square image. Where BatchNorms do not simply follow
+    layers (pre-activation networks), all stay float layers. quantizer: a class as LSQ. Returns the layer
+    table. Raises ValueError, which names the layer, and leaves the network as it was, unless each layer runs
+    exactly once, nothing else has weights, and 32 bits compute what the float network did."""
+    for name, module in classifier.named_modules():
+        parametrized = isinstance(module, LAYERS) and "weight" not in module._parameters
+        refuse(parametrized, f"layer {name} has a parametrized weight; remove the parametrization first")
+        other = any(p.numel() > max(p.shape, default=1) for p in module.parameters(recurse=False))
+        kind = f"layer {name}, {type(module).__name__}, has weights that cannot be quantized"
+        refuse(other and not isinstance(module, LAYERS), f"{kind}; Conv2d's and Linear's can")
+    twin = copy.deepcopy(classifier).eval()  # all is tried on copies
+    body, some = getattr(twin, "net", twin), next(twin.parameters())
+    refuse(some.dtype != torch.float32, f"the network is in {some.dtype}; call its float() first")
     names = {module: name for name, module in body.named_modules()}
-    layers = [module for module in names if isinstance(module, (nn.Conv2d, nn.Linear))]
-    norms = [module for module in names if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    norms = [module for module in norms if module.affine and module.track_running_stats]
-    calls, norm_of = [], {}  # (layer, input, output) as they run; layer -> its BatchNorm
+    layers = [module for module in names if isinstance(module, LAYERS)]
+    norms = [module for module in names if isinstance(module, NORMS) and module.affine]
+    calls, channels = [], getattr(layers[0], "in_channels", 3)
+    for module in layers + norms:
+        module.register_forward_hook(lambda module, inputs, out: calls.append((module, inputs[0], out)))
+    probe = torch.rand(1, channels, image_size, image_size, device=some.device)
+    expected = twin(probe)
+    refuse(not isinstance(expected, Tensor), f"the network returns a {type(expected).__name__}, not logits")
+    finite = expected.isfinite().all()
+    refuse(not finite, "the network's logits are not finite: check its weights and its normalisation")
+    for layer in layers:
+        times = [module for module, *_ in calls].count(layer)
+        hint = "" if times else " (torchvision's networks: aux_logits=False)"
+        refuse(times != 1, f"layer {names[layer]} runs {times} times in a pass, not once{hint}")
 
-    def record(module, inputs, output):
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            calls.append((module, inputs[0], output))
-        else:
-            norm_of.update({layer: module for layer, _, out in calls if out is inputs[0]})
-
-    hooks = [module.register_forward_hook(record) for module in layers + norms]
-    was_training, device = classifier.training, next(classifier.parameters()).device
-    probe = torch.rand(1, 3, image_size, image_size, device=device)
-    expected = classifier.eval()(probe)
-    for hook in hooks:
-        hook.remove()
-    ran = [names[module] for module, x, _ in calls if x.ndim == 2 or not isinstance(module, nn.Linear)]
-    if sorted(ran) != sorted(names[module] for module in layers):
-        raise ValueError("each layer must run exactly once per pass, linear ones on (batch, features)")
-    table = []
+    table, producer, norm_of = [], {}, {}  # id of an output -> its layer -> its BatchNorm
     for module, x, out in calls:
-        norm = norm_of.get(module, nn.Identity())
-        layer = QuantLayer(module, norm, x.shape[1:], quantizer).to(device)
-        body.set_submodule(names[module], layer)
-        if module in norm_of:
-            body.set_submodule(names[norm], nn.Identity())
-        kernel = 1 if layer.is_linear else module.kernel_size[0]
-        shape = x.shape[1], out.shape[1], kernel, layer.conv["stride"][0], layer.in_shape[-1]
-        weights, depthwise = module.weight.numel(), layer.conv["groups"] == x.shape[1] > 1
+        if module in norms:
+            norm_of[producer.get(id(x))] = names[module]
+            continue
+        name = producer[id(out)] = names[module]
+        is_linear, shape = isinstance(module, nn.Linear), tuple(x.shape)
+        refuse(is_linear and x.ndim > 2, f"layer {name} is linear on {shape}, not on (batch, features)")
+        side = (1, 1, 1) if is_linear else (module.kernel_size[0], module.stride[0], shape[-1])
+        weights, depthwise = module.weight.numel(), getattr(module, "groups", 1) == shape[1] > 1
         macs = weights * out[0, 0].numel()  # weights times output positions
-        table.append(Layer(names[module], *shape, weights, macs, depthwise))
-    if not torch.equal(classifier(probe), expected):
-        reasons = "a convolution's output is used before it or changed in place, or is not padded with zeros"
-        raise ValueError(f"BatchNorm cannot be folded: {reasons}")
-    classifier.train(was_training)
-    return table
+        table.append(Layer(name, shape[1], out.shape[1], *side, weights, macs, depthwise))
+
+    def replace(network: nn.Module, norm_of: dict) -> nn.Module:
+        body = getattr(network, "net", network)
+        for row in table:
+            layer, norm = body.get_submodule(row.name), nn.Identity()
+            if row.name in norm_of:
+                norm = body.get_submodule(norm_of[row.name])
+                body.set_submodule(norm_of[row.name], nn.Identity())
+            quantized = QuantLayer(layer, norm, (row.c_in, *[row.map_size] * 2), quantizer)
+            body.set_submodule(row.name, quantized.train(layer.training).to(some.device))
+        return network
+
+    for folded in (norm_of, {}):
+        if torch.equal(replace(copy.deepcopy(classifier).eval(), folded)(probe), expected):
+            replace(classifier, folded)
+            return table
+    raise ValueError("the network computes something else with QuantLayers; does it pad with zeros?")
 
 
 def quant_layers(classifier: nn.Module) -> dict[str, QuantLayer | IntegerLayer]:
@@ -410,27 +437,18 @@ def quant_layers(classifier: nn.Module) -> dict[str, QuantLayer | IntegerLayer]:
 def set_policy(classifier: nn.Module, policy: Policy) -> None:
     """Set every layer's bit-widths. Raises ValueError unless the policy names exactly the layers."""
     layers = quant_layers(classifier)
-    if layers.keys() != policy.keys():
-        raise ValueError(f"the policy's layers are others: {sorted(layers.keys() ^ policy.keys())[:3]} ...")
+    differ = sorted(layers.keys() ^ policy.keys())
+    refuse(differ, f"the policy's layers are others: {differ[:3]} ...")
     for name, (w_bits, a_bits) in policy.items():
-        quantized = MIN_BITS <= w_bits <= MAX_BITS and MIN_BITS <= a_bits <= MAX_BITS
-        if not quantized and not w_bits == a_bits == FLOAT_BITS:
-            raise ValueError(f"layer {name}: bit-widths are 2 to 8, or both 32, not {w_bits} and {a_bits}")
+        possible = {w_bits, a_bits} <= {*range(MIN_BITS, MAX_BITS + 1)} or w_bits == a_bits == FLOAT_BITS
+        refuse(not possible, f"layer {name}: bits are 2 to 8, or both 32, not {w_bits} and {a_bits}")
     for name, bits in policy.items():
         layers[name].set_bits(*bits)
-
-
-def keep_steps_positive(classifier: nn.Module) -> None:
-    """After an optimizer's update: a step size must stay above 0 to mean anything."""
-    for layer in quant_layers(classifier).values():
-        layer.weight_quantizer.step.data.clamp_(min=1e-6)
-        layer.input_quantizer.step.data.clamp_(min=1e-6)
 
 
 @torch.no_grad()
 def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65536) -> None:
     """Find, on the float network, initial step sizes for every bit-width, and which inputs are signed.
-
     batches: images (B, 3, H, W) as the network will see them, noise included. Steps have the least
     squared error on the weights and on about `values` inputs per layer. An input is unsigned if none of
     its values is below zero. Leaves all layers at 32 bits, in evaluation mode."""
@@ -456,14 +474,10 @@ def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65
         layer.weight_quantizer.observe(layer.weight.flatten(1))
 
 
-def bitops(table: list[Layer], policy: Policy) -> int:
-    """BitOPs(P) = sum over layers of MACs * w_bits * a_bits, per image."""
-    return sum(layer.macs * math.prod(policy[layer.name]) for layer in table)
-
-
 def bitops_ratio(table: list[Layer], policy: Policy) -> float:
-    """BitOPs(P) / BitOPs(FP32)."""
-    return bitops(table, policy) / bitops(table, uniform_policy(table, FLOAT_BITS, FLOAT_BITS))
+    """BitOPs(P) / BitOPs(FP32), where BitOPs(P) = sum over layers of MACs * w_bits * a_bits."""
+    bitops = sum(layer.macs * math.prod(policy[layer.name]) for layer in table)
+    return bitops / sum(layer.macs * FLOAT_BITS**2 for layer in table)
 
 
 def size_bytes(table: list[Layer], policy: Policy) -> int:
@@ -478,30 +492,20 @@ def uniform_policy(table: list[Layer], bits: int, first_last_bits: int = FIRST_L
     return {**policy, **first_last}
 
 
-def enforce_budget(table: list[Layer], policy: Policy, budget: float, size_budget: float = None) -> Policy:
-    """The policy, forced under fractions of the float network's BitOPs and weight bits (HAQ, section 3.3).
+def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
+    """The policy, forced under a fraction of the float network's BitOPs (HAQ, section 3.3).
     From the last layer back, each visit takes one bit from the input, then one from the weights, until the
     policy fits; the first and last layer keep theirs. Raises ValueError if 2 bits everywhere do not fit."""
     policy = {name: list(bits) for name, bits in policy.items()}
-    float_size = 4 * sum(layer.weights for layer in table)
     weights, inputs = 0, 1
-
-    def over(kind: int) -> bool:
-        """Whether a bit of this kind must go: both cost BitOPs, weights cost size, too."""
-        too_large = size_budget is not None and size_bytes(table, policy) > size_budget * float_size
-        return bitops_ratio(table, policy) > budget or (kind == weights and too_large)
-
-    while over(weights):
+    while bitops_ratio(table, policy) > budget:
         before = copy.deepcopy(policy)
         for layer in reversed(table[1:-1]):
             for kind in (inputs, weights):
-                if policy[layer.name][kind] > MIN_BITS and over(kind):
+                if policy[layer.name][kind] > MIN_BITS and bitops_ratio(table, policy) > budget:
                     policy[layer.name][kind] -= 1
-        if policy == before:
-            option = "--budget" if over(inputs) else "--size-budget"
-            ratios = bitops_ratio(table, policy), size_bytes(table, policy) / float_size
-            cost = "{:.6f} of float BitOPs, {:.6f} of the size".format(*ratios)
-            raise ValueError(f"{option} is below what 2 bits cost (first and last layer 8): {cost}")
+        least = f"2 bits, first and last layer 8, cost {bitops_ratio(table, policy):.6f} of the float BitOPs"
+        refuse(policy == before, f"--budget {budget:g} is too low: {least}")
     return policy
 
 
@@ -531,15 +535,18 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
     the header, JSON; for each layer packed weights, then a_step, scale and shift in float32; SHA-256 of all
     that. Raises ValueError for a layer of 32 bits."""
     layers = [quant_layers(classifier)[row.name] for row in table]
-    if any(layer.w_bits == FLOAT_BITS for layer in layers):
-        raise ValueError("a layer of 32 bits has no integers; keep the float network's state_dict instead")
+    has_float = any(layer.w_bits == FLOAT_BITS for layer in layers)
+    refuse(has_float, "a layer of 32 bits has no integers; keep the float network's state_dict instead")
     frozen = [layer.freeze() for layer in layers]
+    inside = tuple(f"{row.name}." for row in table)
+    rest = {key: v for key, v in classifier.net.state_dict().items() if not key.startswith(inside)}
     header = {
         **description,
         "policy": [[layer.w_bits, layer.a_bits] for layer in frozen],
         "signed": [int(layer.signed) for layer in frozen],
         "mean": classifier.mean.flatten().tolist(),
         "std": classifier.std.flatten().tolist(),
+        "float": {key: value.tolist() for key, value in rest.items()},  # BatchNorms of their own
         "option_a": any(isinstance(m, PaddedShortcut) for m in classifier.modules()),
     }
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
@@ -556,10 +563,9 @@ def read_packed(path) -> tuple[dict, bytes] | None:
     if data[:4] != MAGIC:
         return None
     version, length = struct.unpack_from("<HI", data.ljust(10, b"\0"), 4)
-    if version > VERSION:
-        raise ValueError(f"{path} was altered or is of version {version}, not {VERSION}; use a newer program")
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        raise ValueError(f"{path} was truncated or altered: its checksum is wrong; copy it again")
+    newer, whole = version > VERSION, hashlib.sha256(data[:-32]).digest() == data[-32:]
+    refuse(newer, f"{path} was altered or is of version {version}, not {VERSION}; use a newer program")
+    refuse(not whole, f"{path} was truncated or altered: its checksum is wrong; copy it again")
     return json.loads(data[10 : 10 + length]), data[10 + length : -32]
 
 
@@ -567,8 +573,7 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
     """What pack_model saved: the frozen classifier, its layer table, its description.
     `integer_network` makes the classifier fast. Raises ValueError for a file that is broken or newer."""
     saved, data = read_packed(path) or ({}, b"")
-    if not saved:
-        raise ValueError(f"{path}: not a network saved by this program")
+    refuse(not saved, f"{path}: not a network saved by this program")
     options = {"option_a": True} if saved["option_a"] else {}
     of = saved["arch"], len(saved["classes"]), saved["mean"], saved["std"]
     classifier = build_classifier(*of, **options)
@@ -583,6 +588,8 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
         integers = Integers(*of, layer.conv, layer.in_shape)
         classifier.net.set_submodule(row.name, IntegerLayer(integers))
         data = data[size + 4 * count :]
+    rest = {key: torch.tensor(value) for key, value in saved.get("float", {}).items()}
+    classifier.net.load_state_dict(rest, strict=False)
     saved["policy"] = {row.name: bits for row, bits in zip(table, saved["policy"])}
     return classifier.eval(), table, saved
 
@@ -590,7 +597,6 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
 # ---- the integer network ----
 def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "float32")) -> nn.Module:
     """The network as it is evaluated and certified: a frozen copy, in evaluation mode, on the same device.
-
     Every quantized layer runs on the first of `backends` that is exact for it; layers of 32 bits stay as
     they are. `network.backend` names what runs ("int8", "float32", "int8+float32", "float"). Predictions
     do not depend on the batch size. Exactness is checked at batches of `batch`, by which GPUs choose
@@ -601,10 +607,9 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
     for name, layer in quant_layers(network).items():
         if layer.w_bits == FLOAT_BITS:
             continue
-        integers = layer.freeze()
-        makers = {"int8": int8_layer, "float32": IntegerLayer}
-        found = (makers[backend](integers) for backend in backends)
-        frozen = next((layer for layer in found if layer is not None and is_exact(layer, batch)), None)
+        kinds, integers = {"int8": Int8Layer, "float32": IntegerLayer}, layer.freeze()
+        found = (exact_layer(kinds[backend], integers, batch) for backend in backends)
+        frozen = next(filter(None, found), None)
         if frozen is None:
             raise RuntimeError(f"layer {name}: no integer sums are exact on this device; use --device cpu")
         body.set_submodule(name, frozen)
@@ -625,6 +630,7 @@ class Int8Layer(IntegerLayer):
 
     def __init__(self, integers: Integers):
         super().__init__(integers)
+        refuse(self.weight.device.type != "cpu", "int8 layers run on CPUs")
         places = (list(self.conv[name]) for name in ("stride", "padding", "dilation"))
         self.settings = *places, self.conv["groups"]
         self.ones = torch.ones(len(self.weight))
@@ -677,38 +683,17 @@ class Int8Layer(IntegerLayer):
         return op.binary(*operands, residual, *output, 1.0, 0, "sum", 1.0, relu, [], "")
 
 
-def int8_layer(integers: Integers) -> Int8Layer | None:
-    """The layer on int8, or None where this torch, this device or this processor cannot run it exactly."""
-    if integers.weight.device.type != "cpu":
-        return None
-    try:
-        layer = Int8Layer(integers)
-        # Two neighbouring products are added first, in int16 where the processor lacks VNNI.
-        pair = 2 * (layer.q_max - layer.q_min) * int(layer.weight.abs().max())
-        return None if pair >= 2**15 and int8_saturates() else layer
-    except (RuntimeError, TypeError, AttributeError):  # the operator is private to torch: it may change
-        return None
-
-
-@functools.cache
-def int8_saturates() -> bool:
-    """Whether oneDNN's int8 convolution saturates in int16 on this processor (those without VNNI)."""
-    layer = QuantLayer(nn.Conv2d(16, 16, 3), nn.Identity(), (16, 4, 4))
-    weight, one = torch.full((16, 16, 3, 3), 127, dtype=torch.int8), torch.ones(16)
-    layer = Int8Layer(Integers(weight, one[0], one, one, 8, 8, False, layer.conv, layer.in_shape))
-    return bool((layer.accumulate(torch.full((1, 16, 4, 4), 255.0)) != 16 * 9 * 255 * 127).any())
-
-
 def fuse(network: nn.Module) -> nn.Module:
     """The network with sums and ReLUs moved into the int8 layers in front of them; a layer that only another
-    int8 layer reads writes that one's integers. What torch.fx cannot trace comes back as it is."""
+    int8 layer reads writes that one's integers. What cannot be traced, or fails, comes back as it is."""
     modules, layers, tracer = dict(network.named_modules()), (QuantLayer, IntegerLayer), fx.Tracer()
     is_leaf = tracer.is_leaf_module
     tracer.is_leaf_module = lambda module, name: isinstance(module, layers) or is_leaf(module, name)
     try:
         graph = tracer.trace(network)
         first = next(modules[n.target] for n in graph.nodes if isinstance(modules.get(n.target), layers))
-        ShapeProp(fx.GraphModule(network, graph)).propagate(torch.zeros(2, *first.in_shape))
+        probe = torch.zeros(2, *first.in_shape)
+        ShapeProp(fx.GraphModule(network, graph)).propagate(probe)
     except Exception:  # torch.fx raises many kinds, for networks that it cannot follow
         return network
 
@@ -753,4 +738,11 @@ def fuse(network: nn.Module) -> nn.Module:
         after = only_user(node)
         reads = after and int8(after) and after.args[0] is node and len(node.args) == 1
         int8(node).fused(relu.get(node), int8(after) if reads else None)
-    return fx.GraphModule(network, graph).eval()
+    fused = fx.GraphModule(network, graph).eval()
+    try:
+        fused(probe.clone())
+    except RuntimeError:  # what the graph does not show
+        for layer in filter(lambda module: isinstance(module, Int8Layer), modules.values()):
+            layer.fused()
+        return network
+    return fused

@@ -3,6 +3,7 @@
 Without the tests that start processes or train: python -m pytest -q test_arq.py -m "not slow"
 """
 
+import argparse
 import ast
 import copy
 import functools
@@ -38,7 +39,7 @@ import arq
 import certify
 import models
 from certify import ABSTAIN, Smooth
-from ddpg import DDPG, DDPGConfig, Replay, actor_loss, critic_loss, soft_update
+from ddpg import DDPG, DDPGConfig, actor_loss, critic_loss, soft_update
 
 HERE = Path(__file__).parent
 
@@ -292,7 +293,7 @@ def linear_classifier(shape=(3, 8, 8)):
     weight /= weight.norm()
 
     def classifier(x):
-        score = (x * weight).sum((1, 2, 3))
+        score = ((x - 0.5) * weight).sum((1, 2, 3))
         return torch.stack([score, torch.zeros_like(score)], 1)
 
     return classifier, weight
@@ -302,7 +303,9 @@ def test_certified_radius_never_exceeds_a_linear_classifiers_margin():
     """alpha = 0.001 and 60 images: one false certificate in 17 runs of other seeds, none here; tight."""
     classifier, weight = linear_classifier()
     margins = torch.linspace(-0.6, 0.6, 60)
-    images = margins[:, None, None, None] * weight  # the plane's distance is the margin: weight has norm 1
+    images = (
+        0.5 + margins[:, None, None, None] * weight
+    )  # the plane's distance is the margin: weight has norm 1
     labels = (margins <= 0).int().tolist()
     g = Smooth(classifier, 2, 0.5, batch_size=64, purpose="test")
     rows = g.certify(images, labels, n0=100, n=2000, alpha=0.001)
@@ -394,7 +397,7 @@ def bands(edge):
     """Three classes by one pixel, so that moving the edge changes a known share of the predictions."""
 
     def classifier(x):
-        v = x[:, 0, 0, 0]
+        v = x[:, 0, 0, 0] - 0.1
         return torch.stack([(v > edge) * 1.0, (v <= edge) * 1.0, (v < edge - 5) * 2.0], 1)
 
     return classifier
@@ -405,7 +408,7 @@ def smooth(classifier, kind=Smooth):
 
 
 def cached(edge=0.0, n=1000):
-    images = torch.tensor([0.1, 0.3, 0.9, -0.4]).view(4, 1, 1, 1)
+    images = torch.tensor([0.2, 0.4, 1.0, 0.0]).view(4, 1, 1, 1)
     labels = [0, 0, 0, 0]  # the last image is on the wrong side
     return images, smooth(bands(edge)).certify_and_cache(images, labels, n0=100, n=n, alpha=0.001)
 
@@ -518,10 +521,23 @@ def test_certificates_survive_a_round_trip_and_a_cut(tmp_path):
         certify.write_certificates(file, cache.certificates[2:])
     assert path.read_text().split("\n")[0].startswith("idx\tlabel\tpredict\tradius\tcorrect\ttime\t")
     assert certify.read_certificates(path) == cache.certificates  # full precision
-    path.write_text(path.read_text()[:-3])
-    assert certify.read_certificates(path) == cache.certificates[:-1]
-    path.write_text("idx\tlabel\tpredict\tradius\tcorrect\ttime\n3\t1\t1\t0.5\t1\t1s\n4\t1\t1\tx\t1\t1s\n")
-    with pytest.raises(ValueError, match="line 3"):
+    whole = path.read_text()
+    path.write_text(whole, encoding="utf-8-sig")  # as spreadsheets save it
+    assert certify.read_certificates(path) == cache.certificates
+    header = "idx\tlabel\tpredict\tradius\tcorrect\ttime\n3\t1\t1\t0.5\t1\t1s\n"
+    broken = [
+        (whole[:-3], "line 5.*cut"),
+        (whole[:-1], "line 5.*cut"),
+        (whole[10:], "line 1"),
+        ("", "line 1"),
+    ]
+    broken += [(f"{header}4\t1\t1\t{radius}\t1\t1s\n", "line 3") for radius in ("x", "nan", "inf", "-0.1")]
+    for text, words in broken:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"certificates.tsv: {words}"):
+            certify.read_certificates(path)
+    path.write_text(whole, encoding="utf-16")
+    with pytest.raises(ValueError, match="certificates.tsv.*UTF-8"):
         certify.read_certificates(path)
 
 
@@ -532,6 +548,82 @@ def test_aggregates_worked_by_hand():
     assert [certify.certified_accuracy(rows, r) for r in (0, 0.25, 0.3, 0.6)] == [0.5, 0.5, 0.25, 0]
     difference, error = certify.acr_difference(rows, [row(0.25, 1), row(0.0, 0), row(0.3, 1), row(0.0, 0)])
     assert difference == pytest.approx(0.05) and error == pytest.approx(0.1307, abs=1e-4)
+    assert certify.acr_difference(rows[:1]) == (0.5, None)
+
+
+METHODS = {
+    "certify": lambda g, images, labels, ids: g.certify(images, labels, ids, n0=10, n=50),
+    "cache": lambda g, images, labels, ids: g.certify_and_cache(images, labels, ids, n0=10, n=50),
+    "predict": lambda g, images, labels, ids: g.predict(images, ids, n=50),
+}
+
+
+def constant(*logits):
+    return lambda x: torch.tensor(logits).expand(len(x), -1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_names_no_class_is_refused(method):
+    """NaN, tied infinities, one logit, other outputs; an infinity that stands alone is an answer."""
+    images, nan, inf = torch.rand(2, 3, 4, 4), math.nan, math.inf
+    refused = {
+        "100 of 100 logits are not finite": constant(*[nan] * 10),
+        "10 of 30 logits are not finite": constant(0.0, nan, 1.0),
+        "20 of 30": constant(inf, 0.0, inf),
+        "20 of 20": constant(-inf, -inf),
+        "gives 1 logits": constant(1.0),
+        r"logits \(10, classes\), not a tuple": lambda x: (x, x),
+        "not a dict": lambda x: {"out": x},
+        r"not \(10, 3, 4, 4\)": lambda x: x,
+    }
+    for words, classifier in refused.items():
+        with pytest.raises(ValueError, match=words):
+            METHODS[method](Smooth(classifier, None, 0.25, batch_size=10), images, [0, 1], None)
+    for answer in (constant(0.0, inf, 1.0), constant(-inf, 0.0, -inf)):
+        METHODS[method](Smooth(answer, None, 0.25, batch_size=10), images, [0, 1], None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_wrong_images_labels_and_ids_are_refused(method):
+    images, three = torch.rand(2, 3, 4, 4), constant(0.0, 0.0, 1.0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 3), nn.Dropout()).eval()
+    network[2].train()  # a part of it
+    cases = [
+        (three, 2, images, [0, 1], None, "2 classes, but .* 3 logits"),
+        (three, 4, images, [0, 1], None, "4 classes, but .* 3 logits"),
+        (three, None, images * 255, [0, 1], None, r"floats in \[0, 1\]"),
+        (three, None, (images * 255).byte(), [0, 1], None, r"floats in \[0, 1\]"),
+        (three, None, images * math.nan, [0, 1], None, r"floats in \[0, 1\]"),
+        (three, None, images, [0, 1], [4, 4], "2 images need as many different ids"),
+        (three, None, images, [0, 1], torch.tensor([4, 4]), "2 images need as many different ids"),
+        (three, None, images, [0, 1], [4], "2 images need as many different ids"),
+        (network, None, images, [0, 1], None, "training mode"),
+    ]
+    if method != "predict":
+        for labels in ([0], [0, 3], [-1, 0], [[0, 1]]):
+            cases.append((three, None, images, labels, None, "2 images need as many labels from 0 to 2"))
+    for classifier, classes, pixels, labels, ids, words in cases:
+        with pytest.raises(ValueError, match=words):
+            METHODS[method](Smooth(classifier, classes, 0.25), pixels, labels, ids)
+    with pytest.raises(ValueError, match="batch_size"):
+        Smooth(three, 3, 0.25, batch_size=0)
+
+
+def test_the_classifier_gives_the_number_of_classes_and_the_type():
+    """Noise is the same in every type; more classes than int16 holds keep their numbers."""
+    images = torch.rand(2, 3, 4, 4)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)).eval()
+    rows = Smooth(network, None, 0.25).certify(images, [0, 1], n=50)
+    found = Smooth(copy.deepcopy(network).double(), 5, 0.25).certify(images, [0, 1], n=50)
+    assert [row.n_a for row in found] == [row.n_a for row in rows]
+    for kind in (torch.half, torch.bfloat16):
+        Smooth(copy.deepcopy(network).to(kind), None, 0.25).certify(images.to(kind), [0, 1], n=50)
+    for classes, kind in ((256, torch.uint8), (257, torch.int16), (40_000, torch.int32)):
+        last = F.one_hot(torch.tensor(classes - 1), classes).float()
+        g = Smooth(lambda x, last=last: last.expand(len(x), -1), None, 0.25)
+        cache = g.certify_and_cache(images, [classes - 1] * 2, n=50)
+        assert cache.predictions.dtype == kind and (cache.predictions == classes - 1).all()
+        assert cache.certificates[0].predict == classes - 1
 
 
 # ---- models.py ----
@@ -638,7 +730,7 @@ BACKENDS = ("int8", "float32")
 
 def on_backend(classifier, name):
     """The integer network on one backend; int8 shares with float32 where this processor saturates."""
-    shared = name == "int8" and models.int8_saturates()
+    shared = name == "int8" and saturates()
     return models.integer_network(classifier, backends=(name, "float32") if shared else (name,))
 
 
@@ -647,6 +739,12 @@ def backends() -> list[str]:
     """Those that run on this machine."""
     used = models.integer_network(quantized("resnet8")[0]).backend
     return [name for name in BACKENDS if name in used or name == "float32"]
+
+
+@functools.cache
+def saturates() -> bool:
+    """Whether this processor adds pairs of products in int16: layers of 8 x 8 bits are not exact on int8."""
+    return models.integer_network(quantized("resnet8", bits=8)[0]).backend != "int8"
 
 
 def needs_int8():
@@ -710,27 +808,38 @@ def test_sums_beyond_what_a_float_holds(backend):
     assert torch.equal(layer.accumulate(q), exact.float())
 
 
-@pytest.mark.parametrize("saturates", [False, True])
-def test_int8_is_used_only_where_it_cannot_saturate(saturates, monkeypatch):
+def saturated(layer, q):
+    """The layer's sums as processors without VNNI make them: pairs of products are clipped to int16."""
+    conv, w = layer.conv, layer.weight.double()
+    columns = (
+        F.unfold(q.double(), w.shape[2:], conv["dilation"], conv["padding"], conv["stride"]) - layer.q_min
+    )
+    columns = F.pad(columns.view(len(q), q.shape[1], -1, columns.shape[-1]), (0, 0, 0, 0, 0, q.shape[1] % 2))
+    rows = F.pad(w.flatten(2), (0, 0, 0, q.shape[1] % 2))
+    products = columns[:, None] * rows[None, ..., None]
+    pairs = (products[:, :, ::2] + products[:, :, 1::2]).clamp(-(2**15), 2**15 - 1)
+    sums = pairs.sum((2, 3)) + layer.q_min * rows.sum((1, 2))[None, :, None]
+    side = math.isqrt(sums.shape[-1])
+    return sums.view(*sums.shape[:2], side, side).float()
+
+
+def test_int8_is_used_only_where_it_does_not_saturate(monkeypatch):
     """Where a processor adds pairs in int16, layers of 8 x 8 bits are float32, and those of 6 x 6 are not."""
     needs_int8()
-    if models.int8_saturates() and not saturates:
-        pytest.skip("this processor saturates")
-    monkeypatch.setattr(models, "int8_saturates", lambda: saturates)
+    if not saturates():
+        monkeypatch.setattr(models.Int8Layer, "accumulate", saturated)
     network = models.integer_network(quantized("resnet8", bits=6)[0])
     used = {name: layer.backend for name, layer in models.quant_layers(network).items()}
-    ends = "float32" if saturates else "int8"
-    assert used.pop("conv1") == used.pop("fc") == ends and set(used.values()) == {"int8"}
-    assert network.backend == ("int8+float32" if saturates else "int8")
-    network = models.integer_network(quantized("resnet8", bits=8)[0])
-    assert network.backend == ends
+    assert used.pop("conv1") == used.pop("fc") == "float32" and set(used.values()) == {"int8"}
+    assert network.backend == "int8+float32"
+    assert models.integer_network(quantized("resnet8", bits=8)[0]).backend == "float32"
 
 
 @pytest.mark.slow
 def test_sums_are_exact_where_int8_saturates():
     """oneDNN held to AVX2, which adds pairs in int16: the tests of sums and epilogues, and of the above."""
     needs_int8()
-    code = "import models; print(models.int8_saturates())"
+    code = "import test_arq; print(test_arq.saturates())"
     held = {"env": {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, "cwd": HERE, "text": True}
     if "True" not in subprocess.run([sys.executable, "-c", code], capture_output=True, **held).stdout:
         pytest.skip("this oneDNN cannot be held to AVX2")
@@ -980,31 +1089,139 @@ def test_networks_that_cannot_be_traced_run_layer_by_layer():
         assert torch.allclose(models.integer_network(net)(x), net(x), atol=1e-5)
 
 
-class PreActivation(nn.Module):
-    """A convolution whose output is used both before and after its BatchNorm."""
+class PreActivationBlock(nn.Module):
+    """BatchNorm before the convolution; the sum, and what the convolution gives, are read elsewhere, too."""
 
-    def __init__(self):
+    def __init__(self, c_in, c_out, stride):
         super().__init__()
-        self.conv, self.norm, self.fc = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+        self.norm1, self.norm2 = nn.BatchNorm2d(c_in), nn.BatchNorm2d(c_out)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.shortcut = nn.Conv2d(c_in, c_out, 1, stride, bias=False) if stride > 1 else None
 
     def forward(self, x):
-        x = self.conv(x)
-        return self.fc((x + F.relu(self.norm(x))).mean((2, 3)))
+        out = F.relu(self.norm1(x))
+        x = self.shortcut(out) if self.shortcut else x
+        return x + self.conv2(F.relu(self.norm2(self.conv1(out))))
 
 
-class Repeated(nn.Module):
-    def __init__(self):
+class PreActivation(nn.Sequential):
+    """A small pre-activation ResNet: its first convolution's output meets a BatchNorm and a sum."""
+
+    def __init__(self, num_classes=5, channels=3):
+        blocks = PreActivationBlock(8, 8, 1), PreActivationBlock(8, 16, 2), nn.BatchNorm2d(16), nn.ReLU()
+        end = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes)
+        super().__init__(nn.Conv2d(channels, 8, 3, 1, 1, bias=False), *blocks, *end)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.running_mean, -0.2, 0.2)
+                nn.init.uniform_(module.weight, -1.5, 1.5)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pre_activation_networks_of_any_channels_are_quantized(backend, channels):
+    """BatchNorms that follow no layer stay float: 32 bits are exact, integers agree with the simulation."""
+    torch.manual_seed(0)
+    network, x = PreActivation(5, channels).eval(), torch.rand(64, channels, 16, 16)
+    with torch.no_grad():
+        expected = network(x)
+        table = models.quantize_model(network, 16)
+        assert torch.equal(network(x), expected) and len(table) == 7
+        models.calibrate(network, [x])
+        models.set_policy(network, models.uniform_policy(table, 6, 6))
+        simulated, found = network(x), on_backend(network, backend)(x)
+    assert (simulated - found).abs().max() < 0.05 * simulated.std()
+    assert (simulated - expected).std() < 0.2 * expected.std()
+
+
+def test_a_pre_activation_network_is_packed_with_its_batch_norms(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.NETWORKS, "pre", (PreActivation, models.CIFAR10))
+    torch.manual_seed(0)
+    classifier, x = models.build_classifier("pre", 5).eval(), torch.rand(16, 3, 16, 16)
+    table = models.quantize_model(classifier, 16)
+    models.calibrate(classifier, [x])
+    models.set_policy(classifier, models.uniform_policy(table, 4))
+    description = {"arch": "pre", "image_size": 16, "classes": list("abcde")}
+    (tmp_path / "m.arq").write_bytes(models.pack_model(classifier, table, description))
+    loaded, rows, _ = models.load_model(tmp_path / "m.arq")
+    assert (
+        rows == table and models.pack_model(loaded, table, description) == (tmp_path / "m.arq").read_bytes()
+    )
+    with torch.no_grad():
+        assert torch.equal(models.integer_network(loaded)(x), models.integer_network(classifier)(x))
+
+
+class With(nn.Module):
+    """A convolution, something else, a linear layer."""
+
+    def __init__(self, extra, call=lambda extra, x: extra(x)):
         super().__init__()
-        self.conv = nn.Conv2d(3, 3, 3)
+        self.conv, self.norm, self.extra, self.fc = (
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            extra,
+            nn.Linear(4, 2),
+        )
+        self.call = call
 
     def forward(self, x):
-        return self.conv(self.conv(x)).mean((2, 3))
+        x = self.call(self.extra, F.relu(self.norm(self.conv(x))))
+        return self.fc(x.mean((2, 3))) if isinstance(x, torch.Tensor) else x
 
 
-def test_networks_that_cannot_be_quantized_faithfully_are_refused():
-    for network, word in ((PreActivation(), "BatchNorm"), (Repeated(), "exactly once")):
-        with pytest.raises(ValueError, match=word):
-            models.quantize_model(network, 8)
+def tokens(x):
+    return x.flatten(2).transpose(1, 2)
+
+
+def filled(layer, value):
+    nn.init.constant_(next(layer.parameters()), value)
+    return layer
+
+
+REFUSED = {
+    "ConvTranspose2d": lambda: With(nn.ConvTranspose2d(4, 4, 3)),
+    "Conv1d": lambda: With(nn.Conv1d(4, 4, 3), lambda extra, x: extra(x.flatten(2))[..., None]),
+    "Conv3d": lambda: With(nn.Conv3d(1, 4, 3), lambda extra, x: extra(x[:, None]).mean(2)),
+    "LSTM": lambda: With(nn.LSTM(4, 4), lambda extra, x: extra(tokens(x))[0].transpose(1, 2)[..., None]),
+    "MultiheadAttention": lambda: With(
+        nn.MultiheadAttention(4, 2), lambda extra, x: extra(*[tokens(x)] * 3)[0]
+    ),
+    "ParameterList": lambda: With(
+        nn.ParameterList([torch.rand(4, 4, 1, 1)]), lambda extra, x: F.conv2d(x, extra[0])
+    ),
+    "layer extra is linear on": lambda: With(
+        nn.Linear(4, 4), lambda extra, x: extra(tokens(x)).transpose(1, 2)[..., None]
+    ),
+    "layer extra has a parametrized": lambda: With(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 1))),
+    "layer extra has a parametrized weight": lambda: With(
+        nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1))
+    ),
+    "pad with zeros": lambda: With(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
+    "layer extra runs 2 times": lambda: With(nn.Conv2d(4, 4, 1), lambda extra, x: extra(extra(x))),
+    "layer extra runs 0 times.*aux_logits": lambda: With(nn.Conv2d(4, 4, 1), lambda extra, x: x),
+    "returns a tuple": lambda: With(nn.Identity(), lambda extra, x: (x, x)),
+    "returns a dict": lambda: With(nn.Identity(), lambda extra, x: {"out": x}),
+    "float64": lambda: With(nn.Identity()).double(),
+    "bfloat16": lambda: With(nn.Identity()).bfloat16(),
+    "not finite": lambda: With(filled(nn.Conv2d(4, 4, 1), math.nan)),
+    "not finite: check": lambda: models.Classifier(With(nn.Identity()), std=(0.0, 1.0, 1.0)),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_refused_network_stays_as_it_was(words):
+    torch.manual_seed(0)
+    network = REFUSED[words]().train()
+    getattr(network, "net", network).norm.eval()  # a mode of its own
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    modules = [(name, type(module), module.training) for name, module in network.named_modules()]
+    with pytest.raises(ValueError, match=words):
+        models.quantize_model(network, 8)
+    assert [(name, type(module), module.training) for name, module in network.named_modules()] == modules
+    after = network.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key].nan_to_num(), before[key].nan_to_num()) for key in before)
 
 
 def test_no_exact_backend_is_an_error_that_names_the_layer():
@@ -1152,8 +1369,8 @@ def test_no_corrupted_file_is_taken_for_a_network(tmp_path):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match="model.arq"):
             models.load_model(path)
-    path.write_bytes(data[:4] + b"\x02" + data[5:])
-    with pytest.raises(ValueError, match="version 2.*newer"):
+    path.write_bytes(data[:4] + b"\x09" + data[5:])
+    with pytest.raises(ValueError, match="version 9.*newer"):
         models.load_model(path)
 
 
@@ -1181,8 +1398,20 @@ def test_public_checkpoint_layouts(tmp_path):
         saved = {"arch": "cifar_resnet20", "epoch": 90, "state_dict": prefixed}
         assert torch.equal(logits(saved), expected)
     assert torch.equal(logits(state), expected)
-    normalise = {"0.mean": torch.zeros(3)}
-    assert torch.equal(logits({"state_dict": normalise | {"1." + k: v for k, v in state.items()}}), expected)
+    for key, prefix in (("net", ""), ("model", "module."), ("model_state_dict", "model."), ("model_ema", "")):
+        saved = {key: {f"_orig_mod.{prefix}{k}": v for k, v in state.items()}, "optimizer": {"state": {}}}
+        assert torch.equal(logits(saved), expected)
+
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4])
+    with torch.no_grad():
+        normalised = models.Classifier(net, mean.tolist(), std.tolist()).eval()(x)
+    for names in (("mean", "std"), ("mu", "sigma"), ("means", "sds")):
+        for unit in (1, 255):
+            numbers = {f"0.{name}": unit * v.view(1, 3, 1, 1) for name, v in zip(names, (mean, std))}
+            found = logits({"state_dict": numbers | {"1." + k: v for k, v in state.items()}})
+            assert torch.allclose(found, normalised, atol=1e-5) and not torch.allclose(found, expected)
+    with pytest.raises(ValueError, match="c.pt.*0.mean.*--mean"):
+        logits({"0.mean": mean} | {"1." + k: v for k, v in state.items()})
 
     ours = models.Classifier(net, (0.5,) * 3, (0.25,) * 3).eval()  # as kept under runs/bases
     with torch.no_grad():
@@ -1197,6 +1426,22 @@ def test_public_checkpoint_layouts(tmp_path):
     assert not torch.equal(logits({"state_dict": renamed}, mean=(0.5,) * 3, std=(0.5,) * 3), expected)
     with pytest.raises(ValueError, match="resnet32"):
         models.load_base_checkpoint(tmp_path / "c.pt", "resnet32", 10)
+
+
+def test_checkpoints_that_cannot_be_read_say_what_they_hold(tmp_path):
+    state = models.CifarResNet(8, 10).state_dict()
+    cases = {
+        "argparse.Namespace.*weights_only=False": {"args": argparse.Namespace(lr=0.1), "state_dict": state},
+        r"numpy\S*scalar": {"best": torch.ones(1).numpy()[0], "state_dict": state},
+        r"\['state_dict', 'epoch'\]": {"state_dict": None, "epoch": 3},
+        r"\[0, 1\]": {0: torch.zeros(1), 1: torch.zeros(1)},
+        r"\['model', 'model_ema'\]": {"model": state, "model_ema": state},
+        r"\[\]": [state],
+    }
+    for words, saved in cases.items():
+        torch.save(saved, tmp_path / "c.pt")
+        with pytest.raises(ValueError, match=f"c.pt.*{words}"):
+            models.load_base_checkpoint(tmp_path / "c.pt", "resnet8", 10)
 
 
 # ---- ddpg.py ----
@@ -1280,10 +1525,10 @@ def test_losses_and_soft_update_worked_by_hand():
 
 def test_the_baseline_is_halfway_to_each_mini_batchs_mean():
     """Rewards 3, then 1, then 5 in the whole replay: 3, (3 + 1) / 2 = 2, (2 + 5) / 2 = 3.5."""
-    agent = DDPG(3, 0, DDPGConfig(hidden=8, replay_episodes=1, warmup_episodes=0))
+    agent = DDPG(3, 0, DDPGConfig(hidden=8, replay_episodes=1, warmup_episodes=9))
     found = []
     for reward in (3.0, 1.0, 5.0):
-        agent.replay.add(torch.rand(4, 3), torch.rand(4, 1), reward)
+        agent.learn(torch.rand(4, 3), torch.rand(4, 1), reward)
         agent.update()
         found.append(agent.baseline)
     assert found == [3.0, 2.0, 3.5]
@@ -1313,10 +1558,10 @@ def test_last_layers_start_as_large_as_the_others():
 
 
 def test_replay_holds_whole_episodes_without_dummy_rows():
-    replay = Replay(2)
+    agent = DDPG(3, 0, DDPGConfig(replay_episodes=2))
     for reward in (1.0, 2.0, 3.0):
-        replay.add(torch.rand(4, 3), torch.rand(4, 1), reward)
-    state, action, reward, next_state, done = (torch.cat(column) for column in zip(*replay.episodes))
+        agent.learn(torch.rand(4, 3), torch.rand(4, 1), reward)
+    state, action, reward, next_state, done = (torch.cat(column) for column in zip(*agent.replay))
     assert reward.flatten().tolist() == [2.0] * 4 + [3.0] * 4  # the oldest is gone
     assert done.flatten().tolist() == [0, 0, 0, 1] * 2
     assert torch.equal(next_state[:3], state[1:4])
@@ -1394,9 +1639,6 @@ def test_the_budget_takes_bits_from_the_last_layer_first():
     changed = [name for name in start if policy[name] != start[name]]
     assert changed == [table[-2].name] and policy[table[-2].name] == [4, 3]
     assert models.enforce_budget(table, start, full) == start
-    small = models.enforce_budget(table, start, 1.0, size_budget=0.1)
-    assert models.size_bytes(table, small) <= 0.1 * models.size_bytes(table, float_policy(table))
-    assert all(small[n][1] == start[n][1] for n in start)
     with pytest.raises(ValueError, match="0.0045"):
         models.enforce_budget(table, start, 0.004)
 
@@ -1457,7 +1699,7 @@ def test_search_needs_no_command_line():
     assert [record["episode"] for record in records] == list(range(5))
     assert [record["acr"] for record in records] == acrs
     assert [record["reward"] for record in records] == pytest.approx([-0.5, 0.2, 0.0, 0.1, -0.8])
-    learned = [float(episode[2][0]) for episode in agent.replay.episodes]
+    learned = [float(episode[2][0]) for episode in agent.replay]
     assert learned == pytest.approx([record["reward"] for record in records])
     assert [record["noise"] for record in records][:3] == [0.5] * 3 and records[4]["noise"] < 0.5
     assert arq.best_policy(records) == records[1]["policy"]
@@ -1575,6 +1817,16 @@ def image_tree(root: Path, sizes=((40, 50), (33, 32), (64, 48)), train=12, test=
 FOLDER = "--dataset folder --image-size 24 --images 8 --search-images 4 --batch-size 8 --device cpu".split()
 
 
+@pytest.mark.parametrize("mode, kind", [("I;16", "int16"), ("I", "int32"), ("F", "float32")])
+def test_images_of_more_than_8_bits_are_refused(tmp_path, mode, kind):
+    """They have no range by which to scale them; converting would make them all white or all black."""
+    values = (torch.rand(16, 16) * (1 if mode == "F" else 30_000)).numpy().astype(kind)
+    file = tmp_path / "wide.tiff"
+    to_pil_image(values, mode=None if mode == "I;16" else mode).save(file)
+    with pytest.raises(ValueError, match=f"{file.name}.*mode {mode[0]}.*8 bits"):
+        arq.read_image(str(file), 16)
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_folders_in_any_size_stream(tmp_path, workers):
     """Grey and colour files come out as RGB of one size, in the order asked for, however many workers."""
@@ -1681,13 +1933,37 @@ def test_a_stage_is_done_once_continues_and_takes_along_what_rests_on_it(tmp_pat
     with pytest.raises(ValueError, match="--a 1 there, 5 here.*--restart"):
         stages({"first": {"a": 5}})
     stages().do("second", tmp_path / "second.json", lambda state, save: "made")
-    product.unlink()
-    some = stages()
-    some.do("first", product, lambda state, save: "anew")
-    assert "second" not in some.records
+    for value, kept in (("1", True), ("anew", False)):  # deleted, altered; what rests on it stays if it can
+        product.unlink() if kept else product.write_text("2")
+        capsys.readouterr()
+        some = stages()
+        some.do("first", product, lambda state, save, value=value: json.loads(value) if kept else value)
+        assert ("second" in some.records) == kept
+        assert ("was changed since" in capsys.readouterr().out) != kept
+    assert json.loads(product.read_text()) == "anew"
     shared = arq.Stages(tmp_path / "other" / "state.pt", keys)  # another run, which takes what this one made
     shared.do("first", product, work, shared=True)
     assert json.loads(product.read_text()) == "anew" and len(given) == 2
+
+
+def test_a_lock_ends_with_its_process_and_no_other_way(tmp_path):
+    """Held by another process: refused, by one line; killed: free again. A run folder and a shared base."""
+    code = "import arq, sys, time; a = arq.hold(arq.Path(sys.argv[1])); print('held', flush=True)"
+    code += "; time.sleep(99)"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "runs" / "base.pt")],
+        cwd=HERE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout.readline() == "held\n"
+    stages = arq.Stages(tmp_path / "state.pt", {"first": {"a": 1}})
+    with pytest.raises(ValueError, match="another process is at work on .*base.pt"):
+        stages.do("first", tmp_path / "runs" / "base.pt", lambda state, save: b"", shared=True)
+    other.kill()
+    other.wait()
+    stages.do("first", tmp_path / "runs" / "base.pt", lambda state, save: b"made", shared=True)
+    assert (tmp_path / "runs" / "base.pt").read_bytes() == b"made"
 
 
 # ---- arq.py: the command ----
@@ -1812,6 +2088,8 @@ def contents(run: Path) -> dict:
     """What a run left, without times."""
 
     def timeless(record):
+        if not isinstance(record, dict):  # a certificate
+            record = certify.Certificate(*record)._asdict()
         return {name: value for name, value in record.items() if name not in ("seconds", "time")}
 
     results = json.loads((run / "results.json").read_text())
@@ -1886,11 +2164,12 @@ def test_a_run_stopped_after_any_write_continues(finished_run, monkeypatch, caps
     written, codes, write = [], [], arq.write_whole
 
     def stopped(path, value):
-        write(path, value)
+        made = write(path, value)
         if path.name not in ("config.json", "policy.json"):  # written in every run
             written.append(path.name)
         if len(written) == 3 + len(codes) % 2:  # the first opens the run; of 3 and 4, one gets further
             raise KeyboardInterrupt
+        return made
 
     monkeypatch.setattr(arq, "write_whole", stopped)
     while (not codes or codes[-1] == 130) and len(codes) < 60:
@@ -1920,10 +2199,52 @@ def test_a_restart_that_is_stopped_leaves_no_mixture(copied_run, monkeypatch, ca
     assert arq.main([*SMALL, "--out", "run", "--restart"]) == 0
     whole = contents(copied_run / "run")
     assert contents(Path("run")) == whole
-    shutil.rmtree("runs/bases")  # a base that is trained again takes everything that rests on it along
+    shutil.rmtree("runs/bases")  # a base that is trained again to the same weights leaves the rest as it is
     capsys.readouterr()
     assert arq.main([*SMALL, "--out", "run"]) == 0
-    assert "finished earlier" not in capsys.readouterr().out and contents(Path("run")) == whole
+    assert capsys.readouterr().out.count("finished earlier") == 5 and contents(Path("run")) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", ["no end", "row lost", "row twice"])
+def test_a_changed_table_is_certified_again(copied_run, capsys, harm):
+    """Exactly the expected images, once each: whatever else a finished table holds is not believed."""
+    table = Path("run/certificates.tsv")
+    lines = table.read_text().splitlines(keepends=True)
+    lines = {
+        "no end": [*lines[:-1], lines[-1][:-1]],
+        "row lost": lines[:-1],
+        "row twice": lines + lines[-1:],
+    }[harm]
+    table.write_text("".join(lines))
+    capsys.readouterr()
+    assert arq.main([*SMALL, "--out", "run"]) == 0
+    said = capsys.readouterr().out
+    assert "certificates.tsv was changed since it was made" in said and said.count("finished earlier") == 5
+    assert contents(Path("run")) == contents(copied_run / "run")
+
+
+@pytest.mark.slow
+def test_a_run_has_one_process(copied_run, capsys):
+    """A second process on the same folder ends by one line and leaves the first one's run alone."""
+    first = run_command([*SMALL, "--out", "twice", "--episodes", "50"], cwd=Path.cwd())
+    wait_for(first, "episode")
+    try:
+        assert fails([*SMALL, "--out", "twice", "--episodes", "50"], capsys, "another process", "twice")
+    finally:
+        first.kill()
+        first.communicate()
+    assert arq.read_state(Path("twice/state.pt"))["search"]["state"]["records"]
+
+
+@pytest.mark.slow
+def test_one_image_leaves_no_number_that_is_none(copied_run, capsys):
+    """JSON knows no NaN: the standard error of one image is null, and a dash in the table."""
+    assert arq.main([*SMALL, "--out", "one", "--images", "1"]) == 0
+    text = Path("one/results.json").read_text()
+    results = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert results["acr_standard_error"] is None and results["acr_difference"]["standard_error"] is None
+    assert re.search(r"acr standard error +- +-\n", capsys.readouterr().out)
 
 
 @pytest.mark.slow
@@ -1933,10 +2254,10 @@ def test_rows_beyond_the_saved_state_are_certified_again(copied_run, capsys):
     backend = json.loads(Path("run/results.json").read_text())["backend"]
     stage = records["certify ARQ, test images"]
     rows = certify.read_certificates("run/certificates.tsv")[:3]
-    blocks = [([row._asdict() for row in rows], None, "")]
+    blocks = [([tuple(row) for row in rows], None, "")]
     stage.update(finished=False, state=(blocks, "another"), forward_passes=3 * 220)
     torch.save(records, "run/state.pt")
-    assert fails([*SMALL, "--out", "run"], capsys, "begun on backend another", backend, "--out")
+    assert fails([*SMALL, "--out", "run"], capsys, "begun on another", backend, "--out")
     stage.update(state=(blocks, backend))
     torch.save(records, "run/state.pt")
     assert arq.main([*SMALL, "--out", "run"]) == 0
@@ -1959,7 +2280,8 @@ def test_ctrl_c_loses_at_most_the_episode_in_flight(copied_run, monkeypatch, cap
     assert arq.main(command) == 0 and len(calls) == 5 and calls[2] == calls[3]
     again, whole = contents(Path("broken")), contents(Path("run"))
     assert again["results"]["stages"].pop("search") and whole["results"]["stages"].pop("search")
-    del whole["results"]["stages"]["train the base"]  # the other run's base is used again
+    for found in (again, whole):  # the other run's base is used again
+        del found["results"]["stages"]["train the base"]
     assert again == whole
 
 
@@ -2141,7 +2463,7 @@ def test_pretrained_weights_are_taken_but_for_another_last_layer(tmp_path, monke
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    with pytest.raises(ValueError, match="resnet18.*could not be downloaded.*checkpoints"):
+    with pytest.raises(OSError, match="no network"):
         models.load_pretrained(models.build_classifier("resnet18", 5), "resnet18")
 
 

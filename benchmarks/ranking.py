@@ -99,7 +99,7 @@ def main(argv=None):
     for n_p in SIZES:
         print(f"n_p {n_p:>5}: IRS {tau[f'irs {n_p}']:.3f}, estimate {tau[f'estimate {n_p}']:.3f}")
     found = {"images": len(x), "right": len(some), "full": options.full, "tau": tau, "policies": policies}
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    options.out.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -128,7 +128,7 @@ def largest_state(environment: arq.BitWidthEnvironment, episodes: int) -> dict:
     agent = DDPG(environment.state_size, 0, DDPGConfig(episodes=episodes))
     for episode in range(min(episodes, agent.config.replay_episodes)):
         states, actions, policy = environment.rollout(agent.act)
-        agent.replay.add(states, actions, float(episode))
+        agent.learn(states, actions, float(episode))
     agent.update()  # from now on the optimizers have a state, too
     record = {"acr": 1 / 3, "reward": 1 / 3, "noise": 1 / 3, "policy": policy}
     record |= {"random": False, "bitops_ratio": 1 / 3, "size_bytes": 1_000_000, "seconds": 1 / 3}
@@ -141,7 +141,7 @@ def overhead(run: Path) -> dict:
     options, records = json.loads((run / "config.json").read_text()), read_records(run)
     classifier = models.build_classifier(options["arch"], 10)
     table = models.quantize_model(classifier, options["image_size"])
-    environment = arq.BitWidthEnvironment(table, options["budget"], options["size_budget"])
+    environment = arq.BitWidthEnvironment(table, options["budget"])
     state = largest_state(environment, len(records))
     times = []
     with tempfile.TemporaryDirectory(dir=run) as place:

@@ -58,7 +58,7 @@ def parts_of(config: arq.Config):
     base = models.load_base_checkpoint(config.checkpoint, config.arch, len(images.classes), *normalisation)
     base = base.to(config.device, memory_format=torch.channels_last).eval()
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
-    environment = arq.BitWidthEnvironment(table, config.budget, config.size_budget)
+    environment = arq.BitWidthEnvironment(table, config.budget)
     g = certify.Smooth(
         base, len(search_images.classes), config.sigma, config.seed, config.eval_batch, "search"
     )
@@ -79,7 +79,7 @@ def search(out: Path, key: dict, cache, environment, agent, evaluate) -> list[fl
             records.append(record)
             save({"agent": agent.state_dict(), "records": records})
             print(f"  episode {record['episode']}: ACR {arq.shown(record['acr'])}", flush=True)
-        return "".join(json.dumps(record) + "\n" for record in records).encode()
+        return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records).encode()
 
     log = out / "search.jsonl"
     arq.Stages(out / "state.pt", {"search": key}).do("search", log, work)

@@ -173,7 +173,7 @@ class Bands(Smooth):
 
     def classify(self, x):
         self.passes += len(x)
-        v = x[:, 0, 0, 0]
+        v = x[:, 0, 0, 0] - 0.1
         return torch.stack([(v > self.edge) * 1.0, (v <= self.edge) * 1.0, (v < self.edge - 5) * 2.0], 1)
 
     def predictions(self, images, ids, sizes, key, first=0):
@@ -183,7 +183,7 @@ class Bands(Smooth):
 
 
 def cached(n=1000):
-    images = torch.tensor([0.1, 0.3, 0.9, -0.4]).view(4, 1, 1, 1)  # the last one is on the wrong side
+    images = torch.tensor([0.2, 0.4, 1.0, 0.0]).view(4, 1, 1, 1)  # the last one is on the wrong side
     return images, Bands(0.0).certify_and_cache(images, [0] * 4, n=n)
 
 
@@ -277,7 +277,7 @@ def test_fresh_samples_share_no_noise_with_the_cache():
 
 def test_passes_go_where_they_buy_radius():
     """auto certifies more than the same number of fresh samples, and an image without hope gets none."""
-    images = torch.cat([torch.linspace(-0.05, 0.4, 30), torch.full((10,), 0.9)]).view(40, 1, 1, 1)
+    images = torch.cat([torch.linspace(0.05, 0.5, 30), torch.full((10,), 1.0)]).view(40, 1, 1, 1)
     cache = Bands(0.0).certify_and_cache(images, [0] * 40, n=2000)
     acr = {}
     for mode in incremental.MODES:
