@@ -2084,6 +2084,20 @@ def test_the_saved_network_gives_the_same_certificates(copied_run):
     assert [(row.n_a, row.radius) for row in first] == [(row.n_a, row.radius) for row in second]
 
 
+@pytest.mark.slow
+def test_a_trained_network_computes_the_same_on_every_backend(finished_run):
+    """Of 1,000 noisy images, at most one in a hundred meets a rounding boundary at all, and classes agree.
+    (In a network of random weights one integer can change all logits: results/networks.txt.)"""
+    needs_int8()
+    classifier, _, _ = models.load_model(finished_run / "run" / "model.arq")
+    images = arq.draw_shapes(1000, seed=1, size=32).batch(range(1000))
+    noisy = images + 0.25 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        plain, fast = classifier(noisy), on_backend(classifier, "int8")(noisy)
+    moved = (plain - fast).abs().amax(1) > 1e-4 * plain.std(0).mean()
+    assert moved.float().mean() <= 0.01 and (plain.argmax(1) == fast.argmax(1)).float().mean() >= 0.999
+
+
 def contents(run: Path) -> dict:
     """What a run left, without times."""
 

@@ -311,7 +311,9 @@ def test_what_cannot_be_certified_is_refused():
 
 # ---- the scripts ----
 
-SCRIPTS = "attack batchnorm certificates figures inference ranking resume scale search shapes".split()
+SCRIPTS = (
+    "attack batchnorm certificates figures inference networks ranking resume scale search shapes".split()
+)
 
 
 def test_every_script_is_tried():
