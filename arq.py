@@ -137,7 +137,7 @@ def best_policy(records: list[dict]) -> Policy:
 # ---- training ----
 BASE_LR, BASE_DECAY = 0.2, 5e-4
 EPISODE_LR, FINETUNE_LR = 0.005, 0.02
-AUTOCAST_DEVICES = ("cuda",)  # train in bfloat16
+AUTOCAST_DEVICES = ("cuda", "cpu") if torch.cpu._is_avx512_bf16_supported() else ("cuda",)  # to bfloat16
 
 
 def augment(images: Tensor, uniform: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def train(classifier, images, config, steps, lr, purpose="train", decay=1e-4, st
             finite = losses.isfinite().all()
             refuse(not finite, f"{purpose}: the loss is not finite at step {step + 1}; try another --seed")
             parts = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict()}
-            save({**parts, "step": step + 1})
+            save(parts | {"step": step + 1})
     next(count, None)
     for buffer in classifier.buffers() if WORLD > 1 else ():
         dist.broadcast(buffer, 0)  # BatchNorm's statistics are each process's own
@@ -260,7 +260,7 @@ class Config:
     image_size: int = option("side of the images", (32, 32, 224), "base evaluate", 8)
     batch_size: int = option("training batch", 128, "base", 2 * WORLD)
     eval_batch: int = option("samples per forward pass when certifying", None, "", 1)
-    workers: int = option("processes that decode image files", WORKERS, "", 0)
+    workers: int = option("processes that decode image files", None, "")
     seed: int = option("seed of training, search and noise", 0, "base evaluate", 0)
     device: str = option("where to run", "auto", "cache test", choices=("auto", "cuda", "mps", "cpu"))
     out: str = option("run folder (default: named after the options, under runs/)")
@@ -300,13 +300,14 @@ def complete_config(config: Config) -> Config:
             setattr(config, f.name, saved.get(f.name, usual))
     has_none = config.checkpoint or NETWORKS[config.arch][1] is models.CIFAR10
     refuse(config.pretrained and has_none, "--pretrained is for mobilenet_v2 and such, without --checkpoint")
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    best = accelerator.type if accelerator else "cpu"
+    best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     config.device = best if config.device == "auto" else config.device
     refuse(config.device not in (best, "cpu"), f"--device {config.device} is not available; use auto")
     if config.eval_batch is None:  # small batches stay in a CPU's cache; a GPU wants large ones
         samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32**2 // max(config.image_size, 32) ** 2)
+    if config.workers is None:  # small images are decoded in less time than they are handed over in
+        config.workers = WORKERS if config.image_size > 64 or config.device != "cpu" else 0
     for f in dataclasses.fields(Config):
         value, least, below = getattr(config, f.name), f.metadata["least"], f.metadata["below"]
         inside = 0 < value < below if below else least is None or least <= value < 2**31
@@ -393,7 +394,7 @@ class Stages:
     it is forgotten. Seconds and forward passes add up over interruptions."""
 
     def __init__(self, path: Path, keys: dict[str, dict], restart: bool = False):
-        self.path, self.keys, self.passes = path, keys, 0
+        self.path, self.keys, self.passes, self.held = path, keys, 0, hold(path)
         self.records = read_state(path) if path.exists() else {}
         for name, record in list(self.records.items()):
             old, new = record["key"], keys.get(name, {})
@@ -470,9 +471,7 @@ def open_run(config: Config, stages: dict[str, str], images: "ImageSet", test_im
     if out.exists() and not (out / "state.pt").exists():
         if not out.is_dir() or any(entry.suffix not in (".part", ".lock") for entry in out.iterdir()):
             raise ValueError(f"--out {out} is not empty and holds no run of this program; give another --out")
-    held = hold(out / "run")
     opened = Stages(out / "state.pt", keys, config.restart)
-    opened.held = held
     gather(None)  # every process has seen the folder as it was
     write_whole(opened.path, opened.records)  # what is forgotten must not come back
     write_whole(out / "config.json", dataclasses.asdict(config))
@@ -674,8 +673,7 @@ def evaluate_saved(config: Config) -> None:
     if models.read_packed(file):
         classifier, table, saved = models.load_model(file)
         policy = saved["policy"]
-        differ = f"{saved['classes'][:3]} ..., these images {images.classes[:3]} ..."
-        refuse(saved["classes"] != images.classes, f"--evaluate {file} has classes {differ}; give its --data")
+        refuse(saved["classes"] != images.classes, f"--evaluate {file} has other classes; give its --data")
     else:
         classifier = build_base(dataclasses.replace(config, checkpoint=file), len(images.classes))
         table = models.quantize_model(classifier, config.image_size)
@@ -694,8 +692,7 @@ def build_base(config: Config, num_classes: int) -> Classifier:
         base = models.build_classifier(*of)
     else:
         base = models.load_base_checkpoint(config.checkpoint, *of)
-        mean, std = (shown(dict(enumerate(values.flatten().tolist()))) for values in (base.mean, base.std))
-        print(f"{config.checkpoint}: images are normalised by mean {mean}, standard deviation {std}")
+        print(f"{config.checkpoint}: normalised by {base.mean.flatten()}, {base.std.flatten()}")
     return base.to(config.device, memory_format=torch.channels_last).eval()
 
 
@@ -862,7 +859,7 @@ def shown(value) -> str:
 
 def report(results: dict, stages: Stages) -> None:
     """Write results.json and print it, float base and ARQ side by side."""
-    kept = ("seconds", "forward_passes")
+    kept = "seconds", "forward_passes"
     times = {stage: {name: record[name] for name in kept} for stage, record in stages.records.items()}
     write_whole(stages.path.with_name("results.json"), {**results, "stages": times})
     columns = {"float base": results["base"], "ARQ": results} if "base" in results else {"network": results}
@@ -874,7 +871,8 @@ def report(results: dict, stages: Stages) -> None:
         print(f"{label:<38}" + "".join(f"{shown(column[name]):>28}" for column in columns.values()))
     if "acr_difference" in results:
         mean, error = results["acr_difference"].values()
-        print(f"ACR less the base's, on the same images: {mean:+.4f}, standard error {shown(error)}")
+        error = "-" if error is None else f"{error:.4f}"
+        print(f"ACR less the base's, on the same images: {mean:+.4f}, standard error {error}")
     print(f"written to {stages.path.parent}/", flush=True)
 
 
@@ -890,8 +888,7 @@ def main(argv=None) -> int:
         if WORLD > 1:  # nccl on GPUs, one each, and gloo on CPUs
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            backend = "nccl" if config.device == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(days=1))
+            dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=timedelta(days=1))
             warnings.filterwarnings("ignore", "Grad strides")  # of 1x1 convolutions: costs nothing
             sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
         evaluate_saved(config) if config.evaluate else run(config)

@@ -17,6 +17,7 @@ import math
 import operator
 import re
 import struct
+import warnings
 from collections import namedtuple
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ PREFIXES = "module.", "_orig_mod.", "model.", "net.", "1."  # of what wraps a ne
 NORMALISE = "mean means mu std stds sds sigma".split()  # what their layers call its numbers
 LAYERS, NORMS = (nn.Conv2d, nn.Linear), (nn.BatchNorm1d, nn.BatchNorm2d)
 ADDS = (operator.add, operator.iadd, torch.add)
+warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # without it, layers leave int8 for float32
 RELUS = {F.relu: math.inf, torch.relu: math.inf, nn.ReLU: math.inf, nn.ReLU6: 6.0}  # and their limits
 
 
@@ -167,9 +169,8 @@ def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None)
     try:
         classifier.net.load_state_dict(state)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:80]
-        wrong = f"{path} does not hold a {arch} with {num_classes} classes"
-        raise ValueError(f"{wrong}; give the --arch it was trained with ({reason})") from None
+        reason = f"give the --arch it was trained with ({str(error).splitlines()[1].strip()[:80]})"
+        raise ValueError(f"{path} holds no {arch} with {num_classes} classes; {reason}") from None
     return classifier
 
 
@@ -194,19 +195,22 @@ class FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, v, step, q_min, q_max, elements):
-        scaled = v / step
-        ctx.save_for_backward(scaled, step)
+        ctx.save_for_backward(v, step)
         ctx.range = q_min, q_max
         ctx.gradient_scale = 1 / math.sqrt(elements * max(q_max, 1))
-        return torch.round(scaled).clamp_(q_min, q_max).mul_(step)
+        return (v / step).round_().clamp_(q_min, q_max).mul_(step)
 
     @staticmethod
     def backward(ctx, grad):
-        scaled, step = ctx.saved_tensors
-        q_min, q_max = ctx.range
-        q = torch.round(scaled).clamp_(q_min, q_max)
-        grad_v = grad * ((scaled >= q_min) & (scaled <= q_max))
-        grad_step = torch.addcmul(grad * q, grad_v, scaled, value=-1).sum_to_size(step.shape)
+        v, step = ctx.saved_tensors
+        scaled = v / step
+        grad_v = torch.ops.aten.hardtanh_backward(grad, scaled, *ctx.range)  # grad inside, else 0
+        if step.ndim > 0:
+            q = torch.round(scaled).clamp_(*ctx.range)
+            grad_step = (grad * q - grad_v * scaled).sum_to_size(step.shape)
+        else:  # the same as dot products: no product is kept; channels last, as memory lies
+            grad, inside, scaled = (x.movedim(1, -1).reshape(-1) for x in (grad, grad_v, scaled))
+            grad_step = -inside.dot(scaled) + grad.dot(scaled.round_().clamp_(*ctx.range))
         return grad_v, grad_step * ctx.gradient_scale, None, None, None
 
 
@@ -487,9 +491,8 @@ def size_bytes(table: list[Layer], policy: Policy) -> int:
 
 def uniform_policy(table: list[Layer], bits: int, first_last_bits: int = FIRST_LAST_BITS) -> Policy:
     """The same bit-width everywhere but in the first and the last layer."""
-    policy = {layer.name: [bits, bits] for layer in table}
-    first_last = {layer.name: [first_last_bits, first_last_bits] for layer in (table[0], table[-1])}
-    return {**policy, **first_last}
+    widths = [first_last_bits, *[bits] * (len(table) - 2), first_last_bits]
+    return {layer.name: [width, width] for layer, width in zip(table, widths)}
 
 
 def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
@@ -633,10 +636,9 @@ class Int8Layer(IntegerLayer):
         refuse(self.weight.device.type != "cpu", "int8 layers run on CPUs")
         places = (list(self.conv[name]) for name in ("stride", "padding", "dilation"))
         self.settings = *places, self.conv["groups"]
-        self.ones = torch.ones(len(self.weight))
+        self.step, self.ones = float(self.a_step), torch.ones(len(self.weight))
         self.zero_points = torch.zeros(len(self.weight), dtype=torch.int64)
-        kernel = self.weight, self.ones, 1.0, -self.q_min
-        self.packed = torch.ops.onednn.qconv_prepack(*kernel, *self.settings)
+        self.packed = torch.ops.onednn.qconv_prepack(self.weight, self.ones, 1.0, -self.q_min, *self.settings)
         self.fused()
 
     def fused(self, relu: float | None = None, reader: "Int8Layer | None" = None) -> None:
@@ -657,7 +659,7 @@ class Int8Layer(IntegerLayer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """residual is added to the epilogue, and overwritten."""
-        q = x if x.dtype == torch.uint8 else self._to_uint8(quantize(x, self.a_step, self.q_min, self.q_max))
+        q = x if x.dtype == torch.uint8 else self._to_uint8(x, self.step)
         q = q[:, :, None, None] if x.ndim == 2 else q
         out = self._convolve(q, *self.epilogue, residual, self.relu, *self.output)
         if self.limits:
@@ -665,13 +667,14 @@ class Int8Layer(IntegerLayer):
         return out.flatten(1) if x.ndim == 2 else out
 
     def accumulate(self, q: Tensor) -> Tensor:
-        return self._convolve(self._to_uint8(q), self.ones, None)
+        return self._convolve(self._to_uint8(q, 1.0), self.ones, None)
 
-    def _to_uint8(self, q: Tensor) -> Tensor:
-        q = q - self.q_min if self.q_min else q
-        # By way of int8 or int16: torch converts float32 to uint8 one value at a time, five times slower.
-        small = self.q_max - self.q_min < 128
-        return q.to(torch.int8).view(torch.uint8) if small else q.to(torch.int16).to(torch.uint8)
+    def _to_uint8(self, x: Tensor, step: float) -> Tensor:
+        """round(x / step) - q_min, clipped: one pass over floats, four times as fast as a division first."""
+        packed = torch.quantize_per_tensor(x, step, -self.q_min, torch.quint8)
+        q = torch.empty(0, dtype=torch.uint8)
+        q.set_(packed.untyped_storage(), 0, packed.shape, packed.stride())  # its bytes, not copied
+        return q.clamp_(max=self.q_max - self.q_min)
 
     def _convolve(self, q, scale, shift, residual=None, relu="none", zero_point=0, dtype=torch.float32):
         op = torch.ops.onednn.qconv2d_pointwise
@@ -741,8 +744,8 @@ def fuse(network: nn.Module) -> nn.Module:
     fused = fx.GraphModule(network, graph).eval()
     try:
         fused(probe.clone())
+        return fused
     except RuntimeError:  # what the graph does not show
         for layer in filter(lambda module: isinstance(module, Int8Layer), modules.values()):
             layer.fused()
         return network
-    return fused

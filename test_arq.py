@@ -1242,14 +1242,34 @@ def test_inputs_are_signed_exactly_where_they_can_be_negative():
 # ---- models.py: the quantizer ----
 
 
+@pytest.mark.parametrize("q_min, q_max", [(0, 15), (-8, 7), (-7, 7)])
+@pytest.mark.parametrize("shape, steps", [((6, 5, 4, 4), ()), ((6, 40), ()), ((6, 5, 3, 3), (6, 1, 1, 1))])
+def test_gradients_are_the_plain_formula(q_min, q_max, shape, steps):
+    """In float64, for values inside, outside and exactly on the clip limits, contiguous or channels_last."""
+    generator = torch.Generator().manual_seed(0)
+    step = 0.25 + torch.zeros(steps, dtype=torch.float64)
+    scaled = torch.randint(-40, 40, shape, generator=generator).double() / 2 + 0.1
+    scaled.view(-1)[:6] = torch.tensor([q_min, q_max, q_min - 1, q_max + 1, q_min + 0.5, q_max - 0.5])
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    for kept in (torch.contiguous_format, torch.channels_last)[: 1 + (len(shape) == 4)]:
+        v = (scaled * step).to(memory_format=kept).requires_grad_()
+        s = step.clone().requires_grad_()
+        models.FakeQuantize.apply(v, s, q_min, q_max, 40).backward(grad)
+        inside = (scaled > q_min) & (scaled < q_max)
+        q = scaled.round().clamp(q_min, q_max)
+        of_step = torch.where(inside, q - scaled, q) * grad / math.sqrt(40 * q_max)
+        assert torch.equal(v.grad, torch.where(inside, grad, 0.0))
+        assert torch.allclose(s.grad, of_step.sum_to_size(step.shape), rtol=1e-9, atol=1e-9)
+
+
 def test_learned_step_gradients():
     """Straight through inside the clip range, zero outside; the step's gradient as in LSQ, equation 3."""
-    v = torch.tensor([-3.0, -0.26, 0.1, 0.6, 5.0], requires_grad=True)
+    v = torch.tensor([[-3.0, -0.26, 0.1, 0.6, 5.0]], requires_grad=True)
     step = torch.tensor(0.5, requires_grad=True)
     out = models.FakeQuantize.apply(v, step, -4, 3, 5)
-    assert out.tolist() == [-2.0, -0.5, 0.0, 0.5, 1.5]
+    assert out.tolist() == [[-2.0, -0.5, 0.0, 0.5, 1.5]]
     out.sum().backward()
-    assert v.grad.tolist() == [0, 1, 1, 1, 0]
+    assert v.grad.tolist() == [[0, 1, 1, 1, 0]]
     expected = -4 + (-1 + 0.52) + (0 - 0.2) + (1 - 1.2) + 3
     assert float(step.grad) == pytest.approx(expected / math.sqrt(5 * 3), rel=1e-5)
 
@@ -1756,6 +1776,21 @@ def test_a_policys_reward_does_not_depend_on_the_policies_before_it():
     assert not torch.equal(first["net.conv1.weight"], start["net.conv1.weight"])  # it was fine-tuned
 
 
+@pytest.mark.parametrize("what", ["weight", "running_mean"])
+def test_a_policy_that_diverges_scores_nothing(what):
+    """A network with a weight that is no number is not run at all: the search goes on."""
+    classifier, _ = quantized("resnet8")
+
+    def diverge(network):
+        values = network.state_dict()["net.layer1.0.conv1.norm." + what]
+        values[0] = math.nan
+
+    evaluate = arq.PolicyEvaluator(
+        copy.deepcopy(classifier), diverge, lambda network, cache: pytest.fail("ran")
+    )
+    assert evaluate(mixed_policy(quantized("resnet8")[1]), None) == 0.0
+
+
 @pytest.mark.parametrize("reward", ["irs", "estimate"])
 def test_the_reward_is_the_mean_of_what_certify_gives(reward):
     """irs: IRS of the integer network at --n-p; estimate: the estimated radii."""
@@ -2005,7 +2040,7 @@ def fails(arguments, capsys, *words, code=2) -> bool:
         (["--mean", "1", "2"], ["--mean"]),
         (["--finetune-epochs", "nan"], ["--finetune-epochs"]),
         (["--pretrained"], ["--pretrained", "mobilenet_v2"]),
-        (["--workers", "-1"], ["--workers", "at least 0"]),
+        (["--workers", "few"], ["--workers", "few"]),
     ],
 )
 def test_wrong_input_ends_with_one_line(arguments, words, capsys, tmp_path, monkeypatch):
