@@ -157,8 +157,8 @@ def train(classifier, images, config, steps, lr, purpose="train", decay=1e-4, st
     In place: `steps` batches of an ImageSet by Nesterov SGD, whose rate rises over the first fifth and falls
     along a cosine; weight decay spares steps, biases and BatchNorm. config: seed, sigma, batch_size. Equal
     arguments train equal networks. save(state) is called per epoch; from such a state an interrupted call
-    continues. Under torchrun each process takes its share of every batch; the gradient is the whole batch's,
-    but BatchNorm sees the share. GPUs compute in bfloat16. An infinite loss is not saved: ValueError."""
+    continues. Under torchrun each process takes a share of every batch, which is what BatchNorm sees.
+    AUTOCAST_DEVICES use bfloat16, but for step sizes and rounding. An infinite loss is not saved: ValueError."""
     device, batch_size = next(classifier.parameters()).device, config.batch_size
     decayed = [p for p in classifier.parameters() if p.ndim > 1]
     groups = [{"params": decayed, "weight_decay": decay}]
