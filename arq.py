@@ -130,8 +130,10 @@ def search(certify_base, environment, agent, evaluate, reward=relative_gain) -> 
 
 
 def best_policy(records: list[dict]) -> Policy:
-    """6, the last line: the policy of the largest ACR; `run` fine-tunes it and certifies it from scratch."""
-    return max(records, key=lambda record: record["acr"])["policy"]
+    """6, the last line: the policy of the largest ACR; `run` fine-tunes it and certifies it from scratch.
+    If some records are of finalists, evaluated again by `search_policies`, it is the best of those."""
+    finalists = [record for record in records if record.get("finalist")]
+    return max(finalists or records, key=lambda record: record["acr"])["policy"]
 
 
 # ---- training ----
@@ -158,7 +160,7 @@ def train(classifier, images, config, steps, lr, purpose="train", decay=1e-4, st
     along a cosine; weight decay spares steps, biases and BatchNorm. config: seed, sigma, batch_size. Equal
     arguments train equal networks. save(state) is called per epoch; from such a state an interrupted call
     continues. Under torchrun each process takes a share of every batch, which is what BatchNorm sees.
-    AUTOCAST_DEVICES use bfloat16, but for step sizes and rounding. An infinite loss is not saved: ValueError."""
+    AUTOCAST_DEVICES use bfloat16, but for steps and rounding. An infinite loss is not saved: ValueError."""
     device, batch_size = next(classifier.parameters()).device, config.batch_size
     decayed = [p for p in classifier.parameters() if p.ndim > 1]
     groups = [{"params": decayed, "weight_decay": decay}]
@@ -246,6 +248,7 @@ class Config:
     epochs: int = option("training epochs of the base classifier", (6, 90, 90), "base", 1)
     episodes: int = option("search episodes, one policy each", (24, 600, 600), "search", 1)
     finetune_steps: int = option("training steps of a policy in its episode", (8, 20, 20), "search", 0)
+    finalists: int = option("best policies that are evaluated again, on other noise", 5, "search", 0)
     finetune_epochs: float = option("epochs of the best policy", (3.0, 30.0, 10.0), "fine-tune", 0)
     search_images: int = option("training images held out for it", (100, 500, 500), "base", WORLD)
     search_n: int = option("samples of the base per search image", (500, 10000, 10000), "cache", 1)
@@ -260,7 +263,7 @@ class Config:
     image_size: int = option("side of the images", (32, 32, 224), "base evaluate", 8)
     batch_size: int = option("training batch", 128, "base", 2 * WORLD)
     eval_batch: int = option("samples per forward pass when certifying", None, "", 1)
-    workers: int = option("processes that decode image files", None, "")
+    workers: int = option("processes that decode image files of over 64 pixels", WORKERS, "", 0)
     seed: int = option("seed of training, search and noise", 0, "base evaluate", 0)
     device: str = option("where to run", "auto", "cache test", choices=("auto", "cuda", "mps", "cpu"))
     out: str = option("run folder (default: named after the options, under runs/)")
@@ -306,8 +309,6 @@ def complete_config(config: Config) -> Config:
     if config.eval_batch is None:  # small batches stay in a CPU's cache; a GPU wants large ones
         samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32**2 // max(config.image_size, 32) ** 2)
-    if config.workers is None:  # small images are decoded in less time than they are handed over in
-        config.workers = WORKERS if config.image_size > 64 or config.device != "cpu" else 0
     for f in dataclasses.fields(Config):
         value, least, below = getattr(config, f.name), f.metadata["least"], f.metadata["below"]
         inside = 0 < value < below if below else least is None or least <= value < 2**31
@@ -390,8 +391,7 @@ def gather(value) -> list:
 
 class Stages:
     """What the stages of a run have reached, in one file: the same command continues after the last save.
-    keys: what each stage depends on. One that was begun with another key raises ValueError; with restart,
-    it is forgotten. Seconds and forward passes add up over interruptions."""
+    keys: what a stage depends on. One begun with another raises ValueError or, with restart, is forgotten."""
 
     def __init__(self, path: Path, keys: dict[str, dict], restart: bool = False):
         self.path, self.keys, self.passes, self.held = path, keys, 0, hold(path)
@@ -466,7 +466,7 @@ def open_run(config: Config, stages: dict[str, str], images: "ImageSet", test_im
     keys = {}
     for stage, needed in stages.items():
         names = [name for name in groups if set(groups[name]) & set(needed.split())]
-        keys[stage] = {name: values[name] for name in names}
+        keys[stage] = {name: values[name] for name in names} | {"program": 2}  # 1 trained and saved otherwise
     out = Path(config.out)
     if out.exists() and not (out / "state.pt").exists():
         if not out.is_dir() or any(entry.suffix not in (".part", ".lock") for entry in out.iterdir()):
@@ -511,8 +511,8 @@ class ImageSet:
         return self.read(indices).to(device).float().div_(255)
 
     def batches(self, batches: list) -> Iterator[Tensor]:
-        """uint8 images for each indices of many; worker processes decode files ahead."""
-        workers = 0 if isinstance(self.source, Tensor) else self.workers
+        """uint8 images for each indices of many; workers decode ahead, but images too small to hand over."""
+        workers = self.workers if isinstance(self.source, list) and self.size > 64 else 0
         # A generator of its own: starting workers must not move the one that training draws from.
         generator = torch.Generator()
         yield from DataLoader(batches, None, collate_fn=self.read, num_workers=workers, generator=generator)
@@ -561,8 +561,8 @@ def load_images(config: Config, train: bool) -> ImageSet:
         images = ImageSet(labels, found.classes, size, paths, config.workers)
     elif config.dataset == "cifar10":
         try:
-            present = Path(root, "cifar-10-batches-py").is_dir()
-            data = torchvision.datasets.CIFAR10(root, train, download=not present)
+            download = not Path(root, "cifar-10-batches-py").is_dir()
+            data = torchvision.datasets.CIFAR10(root, train, download=download)
         except Exception:  # network and file errors of many kinds, one remedy
             remedy = "unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz there, or an image tree"
             raise ValueError(f"no CIFAR-10 in --data {root}, nor could it be downloaded; {remedy}") from None
@@ -643,8 +643,9 @@ def run(config: Config) -> None:
     stages.do("certify the base, search images", file, work)
     cache = read_cache(file)
     # 3: Algorithm 1
-    evaluate, log = policy_evaluator(base, train_images, search_images, config), out / "search.jsonl"
-    stages.do("search", log, partial(search_policies, environment, evaluate, cache, config, log))
+    log, of = out / "search.jsonl", (base, train_images, search_images, config)
+    evaluate, again = policy_evaluator(*of), policy_evaluator(*of, final=True)
+    stages.do("search", log, partial(search_policies, environment, evaluate, again, cache, config, log))
     records = [json.loads(line) for line in log.read_text().splitlines()]
     policy = best_policy(records)
     write_whole(out / "policy.json", policy)
@@ -658,7 +659,7 @@ def run(config: Config) -> None:
     rows = certified("certify ARQ, test images", network, test_images, config, stages)
 
     results = summarize(rows, network, table, policy, config, file)
-    results["search_acr"] = max(record["acr"] for record in records)
+    results["search_acr"] = [record["acr"] for record in records if record["policy"] == policy][-1]
     float_policy = models.uniform_policy(table, 32, 32)
     results["base"] = summarize(base_rows, base, table, float_policy, config, base_file)
     results["base"]["search_acr"] = certify.average_certified_radius(cache.certificates)
@@ -746,8 +747,9 @@ def read_cache(file: Path) -> ReplayCache:
     return ReplayCache(rows, torch.cat([predictions for _, predictions, _ in blocks]), blocks[0][2])
 
 
-def policy_evaluator(base, train_images, search_images, config: Config) -> PolicyEvaluator:
-    """What Algorithm 1 does with a policy: from a calibrated copy of the base to radii of --reward."""
+def policy_evaluator(base, train_images, search_images, config: Config, final=False) -> PolicyEvaluator:
+    """What Algorithm 1 does with a policy: from a calibrated copy of the base to radii of --reward.
+    final: to CERTIFY with --search-n samples of fresh noise, after twice the training."""
     classifier = copy.deepcopy(base)  # with the hook that counts passes
     models.quantize_model(classifier, config.image_size)
     calibrate(classifier, search_images, config)
@@ -759,15 +761,19 @@ def policy_evaluator(base, train_images, search_images, config: Config) -> Polic
         mine = sorted(range(len(rows)), key=lambda i: rows[i].selected != rows[i].label)[RANK::WORLD]
         part = ReplayCache([rows[i] for i in mine], cache.predictions[mine], cache.key)
         network, classes = integers(quantized, config), len(search_images.classes)
-        g = Smooth(network, classes, config.sigma, batch_size=config.eval_batch)
-        if config.reward == "estimate":
+        g = Smooth(network, classes, config.sigma, config.seed, config.eval_batch, "finalists")
+        if final:
+            of = images[mine], [rows[i].label for i in mine], [rows[i].idx for i in mine]
+            found = g.certify(*of, config.n0, config.search_n, config.alpha)
+            radii = [row.radius * row.correct for row in found]
+        elif config.reward == "estimate":
             radii = g.estimate_radii(images[mine], part, config.n_p).tolist()
         else:
             found = g.certify_incremental(images[mine], part, config.n_p, config.alpha_zeta, config.gamma)
             radii = [row.radius for row in found]
         return sum(gather(radii), [])
 
-    brief = {"steps": config.finetune_steps, "lr": EPISODE_LR, "purpose": "episode"}
+    brief = {"steps": config.finetune_steps * (1 + final), "lr": EPISODE_LR, "purpose": "episode"}
     finetune = partial(train, images=train_images, config=config, **brief)
     return PolicyEvaluator(classifier, finetune, certificate)
 
@@ -780,8 +786,9 @@ def calibrate(classifier: Classifier, images: ImageSet, config: Config) -> None:
     models.calibrate(classifier, (x + config.sigma * noise).split(50))  # whatever --eval-batch is
 
 
-def search_policies(environment, evaluate, cache, config: Config, log: Path, state, save) -> bytes:
-    """Algorithm 1 with a line per episode, printed and in `log`."""
+def search_policies(environment, evaluate, again, cache, config: Config, log: Path, state, save) -> bytes:
+    """Algorithm 1 with a line per episode, printed and in `log`. Then, since the best of many noisy rewards
+    is partly luck, the best policies are evaluated by again(policy, cache): a line for each of them, too."""
     warmup = min(20, max(1, config.episodes // 3))
     settings = DDPGConfig(episodes=config.episodes, warmup_episodes=warmup)
     agent = DDPG(environment.state_size, config.seed, settings)
@@ -791,21 +798,29 @@ def search_policies(environment, evaluate, cache, config: Config, log: Path, sta
     if records:
         agent.load_state_dict(state["agent"])
     last = time.monotonic()
-    for record in search(lambda: cache, environment, agent, evaluate):
-        record["bitops_ratio"] = models.bitops_ratio(environment.table, record["policy"])
-        record["size_bytes"] = models.size_bytes(environment.table, record["policy"])
-        record["seconds"] = round(time.monotonic() - last, 3)
+
+    def keep(record: dict) -> None:
+        nonlocal last
+        record["seconds"], last = round(time.monotonic() - last, 3), time.monotonic()
         records.append(record)
         lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
         write_whole(log, "".join(lines).encode())
         save({"agent": agent.state_dict(), "records": records})
-        last, done = time.monotonic(), len(records)
-        pace = statistics.median(record["seconds"] for record in records)
+
+    for record in search(lambda: cache, environment, agent, evaluate):
+        record["bitops_ratio"] = models.bitops_ratio(environment.table, record["policy"])
+        record["size_bytes"] = models.size_bytes(environment.table, record["policy"])
+        keep(record)
+        done, pace = len(records), statistics.median(record["seconds"] for record in records)
         left = timedelta(seconds=round(pace * (config.episodes - done)))
         best = shown(max(record["acr"] for record in records))
         gained = f"ACR {shown(record['acr'])}  reward {record['reward']:+.4f}  best ACR {best}"
         cost = f"BitOPs {100 * record['bitops_ratio']:.3f} %"
         print(f"  episode {done:>3}/{config.episodes}  {gained}  {cost}  {left} left", flush=True)
+    ranked = sorted(records[: config.episodes], key=lambda record: record["acr"], reverse=True)
+    for record in ranked[len(records) - config.episodes : config.finalists]:
+        keep(record | {"finalist": True, "acr": again(record["policy"], cache)})
+        print(f"  episode {record['episode'] + 1} again: ACR {shown(records[-1]['acr'])}", flush=True)
     return log.read_bytes()
 
 
@@ -859,8 +874,7 @@ def shown(value) -> str:
 
 def report(results: dict, stages: Stages) -> None:
     """Write results.json and print it, float base and ARQ side by side."""
-    kept = "seconds", "forward_passes"
-    times = {stage: {name: record[name] for name in kept} for stage, record in stages.records.items()}
+    times = {name: {k: r[k] for k in ("seconds", "forward_passes")} for name, r in stages.records.items()}
     write_whole(stages.path.with_name("results.json"), {**results, "stages": times})
     columns = {"float base": results["base"], "ARQ": results} if "base" in results else {"network": results}
     print("\n{images} test images, sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} each".format(**results))
@@ -871,8 +885,7 @@ def report(results: dict, stages: Stages) -> None:
         print(f"{label:<38}" + "".join(f"{shown(column[name]):>28}" for column in columns.values()))
     if "acr_difference" in results:
         mean, error = results["acr_difference"].values()
-        error = "-" if error is None else f"{error:.4f}"
-        print(f"ACR less the base's, on the same images: {mean:+.4f}, standard error {error}")
+        print(f"ACR less the base's, on the same images: {mean:+.4f}, standard error {shown(error)}")
     print(f"written to {stages.path.parent}/", flush=True)
 
 

@@ -121,8 +121,7 @@ def _records(kind, columns: dict, **same) -> list:
 class Smooth:
     """The smoothed classifier g(x) = argmax_c P[f(x + eps) = c], eps ~ N(0, sigma^2 I).
 
-    classifier: f, any callable from images (B, C, H, W) to logits (B, num_classes)
-    num_classes: None for as many as f has
+    classifier: f, any callable from images (B, C, H, W) to logits (B, num_classes); num_classes may be None
     sigma: standard deviation of the noise, in [0, 1] pixels
     seed, purpose: name the noise; equal names draw equal noise
     batch_size: samples per forward pass; what integer networks predict does not depend on it
@@ -146,8 +145,7 @@ class Smooth:
 
     def certify_and_cache(self, images, labels, ids=None, n0=100, n=1000, alpha=0.001, skip_wrong=True):
         """CERTIFY for the base classifier f, as a ReplayCache with each sample's prediction.
-        skip_wrong: an image of wrong selected class, which adds 0 to the ACR of f and of f^P, gets no samples
-        and abstains."""
+        skip_wrong: an image of wrong selected class adds 0 to every ACR, gets no samples, and abstains."""
         start = time.monotonic()
         ids = range(len(images)) if ids is None else ids
         # counts0 <- SampleUnderNoise(f, x, n0, sigma)
@@ -179,9 +177,8 @@ class Smooth:
         return ReplayCache(rows, predictions, key)
 
     def predict(self, images: Tensor, ids=None, n: int = 1000, alpha: float = 0.001) -> list[int]:
-        """PREDICT (Cohen et al., section 3.2.1): g's class for each image (B, C, H, W) in [0, 1].
-        Each is wrong with probability at most alpha. ABSTAIN where a two-sided binomial test cannot tell the
-        two most voted classes apart."""
+        """PREDICT (Cohen et al., section 3.2.1): g's class for each image (B, C, H, W) in [0, 1], wrong with
+        probability at most alpha each; ABSTAIN where a binomial test cannot tell the top two apart."""
         ids = range(len(images)) if ids is None else ids
         # counts <- SampleUnderNoise(f, x, n, sigma)
         counts = self.sample_under_noise(images, ids, n, self.key + "/predict")
@@ -314,10 +311,9 @@ class Smooth:
 
 # ---- aggregates and files ----
 def two_sided(rows: Sequence[Certificate]) -> list[Certificate]:
-    """The same certificates by Theorem 2.1 in full: p_A and p_B bounded at alpha / 2 each.
-    The most counted other class needs no correction over classes: its bound is at least the true runner-up's.
-    The one-sided and the two-sided radius are each wrong with probability at most alpha; the larger, taken
-    afterwards, with up to 1.5 alpha. Raises ValueError for rows without counts."""
+    """The same certificates by Theorem 2.1 in full: p_A and p_B bounded at alpha / 2 each. The most counted
+    other class needs no correction over classes: its bound is at least the true runner-up's. Either radius is
+    wrong with probability at most alpha; the larger, taken afterwards, with up to 1.5 alpha."""
     counted = all(row.n_a is not None and row.n_b is not None for row in rows)
     refuse(not counted, "these certificates hold no counts; a two-sided radius needs n_a and n_b")
     found = []

@@ -3,13 +3,8 @@
 This file stands alone (torch). Losses and networks follow Lillicrap et al. (2016); the settings are
 HAQ's (Wang et al., 2019, and its code).
 
-    paper         here               meaning                                      shape
-    s, a, r, s'   state, action ...  one transition of an episode                 (batch, S), (batch, 1) ...
-    mu(s)         actor              the policy, into [0, 1]                      (batch, 1)
-    Q(s, a)       critic             expected return                              (batch, 1)
-    mu', Q'       *_target           copies that move by tau per update
-    b             baseline           moving average of the rewards in mini-batches
-    sigma_e       noise              exploration: standard deviation of a normal truncated to [0, 1]
+mu(s), the actor, maps a state to an action in [0, 1]; Q(s, a), the critic, is the expected return; targets
+mu' and Q' follow them by tau per update. b is the reward's moving average, sigma_e the exploration noise.
 """
 
 import copy

@@ -226,9 +226,8 @@ def best_step(v: Tensor, q_min: int, q_max: int) -> Tensor:
 
 class LSQ(nn.Module):
     """The quantizer of one operand: learned step sizes, simulated bits in training.
-    channels: of a weight, which has a step per output channel and a symmetric range; None for an input,
-    which has one step. Another quantizer is a subclass with its own `initial_step`, `forward` and, where it
-    differs, `integers`: what is certified is step * integers(v)."""
+    channels: of a weight, with a step for each and a symmetric range; None for an input, with one step.
+    Another quantizer is a subclass: `initial_step`, `forward`, `integers`; certified is step * integers(v)"""
 
     initial_step = staticmethod(best_step)  # (v (rows, elements), q_min, q_max) -> (rows,)
 
@@ -398,8 +397,8 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
     refuse(not finite, "the network's logits are not finite: check its weights and its normalisation")
     for layer in layers:
         times = [module for module, *_ in calls].count(layer)
-        hint = "" if times else " (torchvision's networks: aux_logits=False)"
-        refuse(times != 1, f"layer {names[layer]} runs {times} times in a pass, not once{hint}")
+        runs = f"layer {names[layer]} runs {times} times in a pass, not once"
+        refuse(times != 1, f"{runs} (if never: torchvision has aux_logits=False for that)")
 
     table, producer, norm_of = [], {}, {}  # id of an output -> its layer -> its BatchNorm
     for module, x, out in calls:
@@ -453,9 +452,8 @@ def set_policy(classifier: nn.Module, policy: Policy) -> None:
 @torch.no_grad()
 def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65536) -> None:
     """Find, on the float network, initial step sizes for every bit-width, and which inputs are signed.
-    batches: images (B, 3, H, W) as the network will see them, noise included. Steps have the least
-    squared error on the weights and on about `values` inputs per layer. An input is unsigned if none of
-    its values is below zero. Leaves all layers at 32 bits, in evaluation mode."""
+    batches: images (B, 3, H, W) as the network will see them, noise included. Steps have the least squared
+    error on weights and about `values` inputs per layer; inputs never below 0 are unsigned. Leaves 32 bits"""
     layers = quant_layers(classifier).values()
     seen: dict[QuantLayer, list[Tensor]] = {layer: [] for layer in layers}
 
@@ -534,9 +532,8 @@ def unpack_bits(data: bytes, count: int, bits: int) -> Tensor:
 @torch.no_grad()
 def pack_model(classifier: Classifier, table: list[Layer], description: dict) -> bytes:
     """A quantized network as one file: integers at their own bit-widths, epilogues and a description.
-    description: arch, image_size, sigma, dataset, classes. In order: MAGIC; version and length of the header;
-    the header, JSON; for each layer packed weights, then a_step, scale and shift in float32; SHA-256 of all
-    that. Raises ValueError for a layer of 32 bits."""
+    description: arch, image_size, sigma, dataset, classes. In order: MAGIC; version; length of the header;
+    header (JSON); per layer packed weights, then a_step, scale, shift in float32; SHA-256 of all that."""
     layers = [quant_layers(classifier)[row.name] for row in table]
     has_float = any(layer.w_bits == FLOAT_BITS for layer in layers)
     refuse(has_float, "a layer of 32 bits has no integers; keep the float network's state_dict instead")
@@ -600,10 +597,9 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
 # ---- the integer network ----
 def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "float32")) -> nn.Module:
     """The network as it is evaluated and certified: a frozen copy, in evaluation mode, on the same device.
-    Every quantized layer runs on the first of `backends` that is exact for it; layers of 32 bits stay as
-    they are. `network.backend` names what runs ("int8", "float32", "int8+float32", "float"). Predictions
-    do not depend on the batch size. Exactness is checked at batches of `batch`, by which GPUs choose
-    kernels. Raises RuntimeError, naming the layer, where no backend is exact."""
+    Every quantized layer runs on the first of `backends` that is exact for it at batches of `batch`, by which
+    GPUs choose kernels; layers of 32 bits stay. `network.backend` names what runs ("int8", "float32",
+    "int8+float32", "float"). Predictions do not depend on the batch size. RuntimeError if none is exact."""
     network = copy.deepcopy(classifier).eval()
     body = getattr(network, "net", network)
     used = set()

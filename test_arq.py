@@ -1776,6 +1776,52 @@ def test_a_policys_reward_does_not_depend_on_the_policies_before_it():
     assert not torch.equal(first["net.conv1.weight"], start["net.conv1.weight"])  # it was fine-tuned
 
 
+def test_the_best_policies_are_evaluated_again(tmp_path):
+    """The three best of six, best first; the winner is the best of those; a stopped search goes on there."""
+    config = arq.parse_config("--episodes 6 --finalists 3".split())
+    environment = arq.BitWidthEnvironment(tiny_table(), 0.04)
+    acrs, anew, seen, saved = [0.1, 0.5, 0.3, 0.6, 0.2, 0.4], iter([0.31, 0.33, 0.32]), [], []
+
+    def again(policy, cache):
+        seen.append(policy)
+        return next(anew)
+
+    def searched(state, save):
+        values = iter(acrs)
+        arguments = environment, lambda policy, cache: next(values), again, base_cache(), config
+        return arq.search_policies(*arguments, tmp_path / "log", state, save)
+
+    lines = searched(None, lambda state: saved.append(copy.deepcopy(state))).splitlines()
+    records = [json.loads(line) for line in lines]
+    assert [r["acr"] for r in records] == [*acrs, 0.31, 0.33, 0.32]
+    assert [r["episode"] for r in records[6:]] == [3, 1, 5] and seen == [r["policy"] for r in records[6:]]
+    assert all(r["finalist"] for r in records[6:]) and not any(r.get("finalist") for r in records[:6])
+    assert (
+        arq.best_policy(records) == records[1]["policy"]
+        and arq.best_policy(records[:6]) == records[3]["policy"]
+    )
+    anew, seen[:] = iter([0.32]), []
+    searched(saved[-2], lambda state: None)
+    assert seen == [records[5]["policy"]]
+
+
+def test_finalists_are_certified_on_noise_that_no_reward_saw():
+    """CERTIFY with all samples, under a key of its own, of every image; after twice the training."""
+    _, cache, search_images, config = small_evaluator("irs")
+    base = float_network("resnet8", 1.0)[0]
+    train_images, search_images = arq.hold_out(arq.draw_shapes(40, seed=0, size=32), 4)
+    evaluate = arq.policy_evaluator(base, train_images, search_images, config, final=True)
+    assert evaluate.finetune.keywords["steps"] == 2 * config.finetune_steps
+    network = arq.integers(evaluate.quantize(models.uniform_policy(resnet8_table(), 8)), config)
+    radii = evaluate.certificate(evaluate.classifier, cache)
+    labels = [row.label for row in cache.certificates]
+    order = sorted(range(4), key=lambda i: cache.certificates[i].selected != labels[i])
+    g = Smooth(network, 10, config.sigma, config.seed, config.eval_batch, "finalists")
+    x = search_images.batch(range(4))
+    rows = g.certify(x, labels, search_images.ids, config.n0, config.search_n, config.alpha)
+    assert radii == [rows[i].radius * rows[i].correct for i in order] and g.key not in cache.key
+
+
 @pytest.mark.parametrize("what", ["weight", "running_mean"])
 def test_a_policy_that_diverges_scores_nothing(what):
     """A network with a weight that is no number is not run at all: the search goes on."""
@@ -1866,7 +1912,9 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path, mode, kind):
 def test_folders_in_any_size_stream(tmp_path, workers):
     """Grey and colour files come out as RGB of one size, in the order asked for, however many workers."""
     image_tree(tmp_path)
-    config = arq.parse_config([*FOLDER, "--data", str(tmp_path), "--workers", str(workers)])
+    config = arq.parse_config(
+        [*FOLDER, "--image-size", "72", "--data", str(tmp_path), "--workers", str(workers)]
+    )
     train, test = (arq.load_images(config, train=train) for train in (True, False))
     assert test.classes == ["dark", "light"] and train.labels == [0] * 12 + [1] * 12
     assert isinstance(train.source, list) and train.batch([23]).mean() > 0.5 > train.batch([0]).mean()
@@ -1874,7 +1922,7 @@ def test_folders_in_any_size_stream(tmp_path, workers):
     batches = list(train.batches([torch.tensor([3, 0]), torch.tensor([20]), torch.tensor([5, 6, 7])]))
     assert torch.equal(torch.get_rng_state(), before)  # or else training would depend on the workers
     assert [len(images) for images in batches] == [2, 1, 3] and batches[0].dtype == torch.uint8
-    assert all(images.shape[1:] == (3, 24, 24) for images in batches)
+    assert all(images.shape[1:] == (3, 72, 72) for images in batches)
     assert torch.equal(torch.cat(batches), train.read([3, 0, 20, 5, 6, 7]))
 
 
@@ -2040,7 +2088,7 @@ def fails(arguments, capsys, *words, code=2) -> bool:
         (["--mean", "1", "2"], ["--mean"]),
         (["--finetune-epochs", "nan"], ["--finetune-epochs"]),
         (["--pretrained"], ["--pretrained", "mobilenet_v2"]),
-        (["--workers", "few"], ["--workers", "few"]),
+        (["--workers", "-1"], ["--workers", "at least 0"]),
     ],
 )
 def test_wrong_input_ends_with_one_line(arguments, words, capsys, tmp_path, monkeypatch):
@@ -2057,7 +2105,7 @@ def test_the_default_reward_is_the_published_one():
 
 SMALL = (
     "--epochs 2 --image-size 16 --episodes 4 --finetune-steps 1 --finetune-epochs 0.5 --images 6 --n 200 "
-    "--search-images 12 --search-n 100 --n-p 50 --n0 20 --device cpu"
+    "--search-images 12 --search-n 100 --n-p 50 --n0 20 --finalists 2 --device cpu"
 ).split()
 
 
@@ -2092,7 +2140,8 @@ def test_a_run_leaves_what_others_script_against(finished_run):
     passes = {name: stage["forward_passes"] for name, stage in results["stages"].items()}
     assert passes["train the base"] == 2 * 62 * 128 and passes["fine-tune"] == 31 * 128
     assert passes["certify ARQ, test images"] == 6 * 220
-    right, rest = divmod(passes["search"] - 4 * 128, 4 * 50)  # 50 samples an image of right class
+    again = 2 * (2 * 128 + 12 * (20 + 100))  # finalists: twice the training, all images, fresh samples
+    right, rest = divmod(passes["search"] - 4 * 128 - again, 4 * 50)  # 50 samples an image of right class
     assert 1 <= right <= 12 and rest == 0
     rows = certify.read_certificates(out / "certificates.tsv")
     assert [row.idx for row in rows] == [i * 1000 // 6 for i in range(6)]
@@ -2102,7 +2151,11 @@ def test_a_run_leaves_what_others_script_against(finished_run):
     assert results["two_sided"]["acr"] == certify.average_certified_radius(both_sides)
     episodes = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
     policy = json.loads((out / "policy.json").read_text())
-    assert len(episodes) == 4 and policy == max(episodes, key=lambda e: e["acr"])["policy"]
+    episodes, finalists = episodes[:4], episodes[4:]
+    best = sorted(episodes, key=lambda e: e["acr"], reverse=True)[:2]
+    assert [e["policy"] for e in finalists] == [e["policy"] for e in best]
+    assert policy == max(finalists, key=lambda e: e["acr"])["policy"]
+    assert results["search_acr"] == max(e["acr"] for e in finalists)
     classifier, table, saved = models.load_model(out / "model.arq")
     assert results["file_bytes"] == (out / "model.arq").stat().st_size
     assert set(results["backend"].split("+")) <= set(BACKENDS) and "path" not in results
@@ -2326,7 +2379,7 @@ def test_ctrl_c_loses_at_most_the_episode_in_flight(copied_run, monkeypatch, cap
     monkeypatch.setattr(arq.PolicyEvaluator, "__call__", interrupted)
     command = [*SMALL, "--out", "broken"]
     assert fails(command, capsys, "interrupted", "same command continues", code=130)
-    assert arq.main(command) == 0 and len(calls) == 5 and calls[2] == calls[3]
+    assert arq.main(command) == 0 and len(calls) == 5 + 2 and calls[2] == calls[3]
     again, whole = contents(Path("broken")), contents(Path("run"))
     assert again["results"]["stages"].pop("search") and whole["results"]["stages"].pop("search")
     for found in (again, whole):  # the other run's base is used again
@@ -2364,17 +2417,18 @@ def test_an_unreadable_image_in_an_epoch(tmp_path, monkeypatch, capsys):
     image_tree(tmp_path / "data")
     options = (
         "--arch resnet8 --epochs 3 --episodes 2 --finetune-steps 1 --finetune-epochs 0.5 "
-        "--n 20 --search-n 10 --n-p 10 --workers 1 --data data --out run"
+        "--n 20 --search-n 10 --n-p 10 --workers 1 --image-size 72 --data data --out run"
     )
     command = [*FOLDER, *options.split()]
     victim = Path("data/train/dark/08.png")  # not among the images that name the set
     whole, write, states = victim.read_bytes(), arq.write_whole, []
 
     def break_after_one_epoch(path, value):
-        write(path, value)
+        made = write(path, value)
         states.append(path)
         if path.name == "state.pt" and len(states) == 3:  # the run was opened with a state and its options
             victim.write_bytes(b"\x89PNG broken")
+        return made
 
     monkeypatch.setattr(arq, "write_whole", break_after_one_epoch)
     assert fails(command, capsys, "data/train/dark/08.png", "repair or remove it")
