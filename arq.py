@@ -233,9 +233,7 @@ def option(text: str, default=None, groups: str = "", least=None, below=None, **
 
 
 @dataclass
-class Config:
-    """Every option; the command line is made from it."""
-
+class Config:  # every option; the command line is made from it
     dataset: str = option("shapes (drawn here; default) or as named", None, "base", choices=SIZES)
     data: str = option("where the images are, or where CIFAR-10 is downloaded to", "data", "base")
     arch: str = option("network", ("resnet8", "resnet20", "resnet50"), "base evaluate", choices=NETWORKS)
@@ -376,8 +374,8 @@ def hold(path: Path):
 
         try:  # lockf is seen over NFS, ends with the process, and is not handed to workers
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise ValueError(f"another process is at work on {path}; wait for its end, or stop it") from None
+        except OSError as error:  # of other kinds where a file system has no locks
+            refuse(type(error) in (BlockingIOError, PermissionError), f"another process is at work on {path}")
     return file
 
 
@@ -411,7 +409,7 @@ class Stages:
         waits. What rests on another product is done anew."""
         record = self.records.get(name)
         made = digest(product.read_bytes()) if product.exists() else None
-        if made and record and record["finished"] and record["product"] != made:
+        if made and record and record["finished"] and record["product"] != made and not shared:
             print(f"{name}: {product} was changed since it was made, and is made again", flush=True)
             made = None
         used = all(gather(made)) and (shared or (record and record["finished"]))
@@ -432,7 +430,7 @@ class Stages:
         self.passes, since = 0, time.monotonic()
         if used:
             print(f"{name}: finished earlier, used again", flush=True)
-            if record["finished"]:
+            if record["finished"] and record["product"] == made:
                 return
         else:
             print(f"{name} ..." if record["state"] is None else f"{name}, continued ...", flush=True)
@@ -443,7 +441,6 @@ class Stages:
             for other in [other for other in self.keys if set(self.keys[name]) < set(self.keys[other])]:
                 self.records.pop(other, None)
         record["product"] = made
-        self.sharing = None  # lets others go on
         save(None, finished=True)
 
     def watch(self, classifier: nn.Module) -> nn.Module:
@@ -663,8 +660,7 @@ def run(config: Config) -> None:
     float_policy = models.uniform_policy(table, 32, 32)
     results["base"] = summarize(base_rows, base, table, float_policy, config, base_file)
     results["base"]["search_acr"] = certify.average_certified_radius(cache.certificates)
-    difference = certify.acr_difference(rows, base_rows)
-    results["acr_difference"] = dict(zip(("mean", "standard_error"), difference))
+    results["acr_difference"] = dict(zip(("mean", "standard_error"), certify.acr_difference(rows, base_rows)))
     report(results, stages)
 
 
@@ -715,7 +711,7 @@ def train_base(base: Classifier, images: ImageSet, config: Config, state, save) 
 
 
 def certify_images(network, images: ImageSet, config: Config, n: int, purpose: str, file: Path, state, save):
-    """CERTIFY in blocks, which are kept: a growing table or, with what was predicted, a cache (.pt)."""
+    """CERTIFY in blocks, each of them saved: in the end a table or, with what was predicted, a cache (.pt)"""
     g = Smooth(network, len(images.classes), config.sigma, config.seed, config.eval_batch, purpose)
     backend = getattr(network, "backend", "float")
     cached = file.suffix == ".pt"
@@ -913,7 +909,7 @@ def main(argv=None) -> int:
     except OSError as error:  # no permission, no space: whatever was finished is on disk
         message = f"error: {error.filename or out}: {error.strerror or error}; the same command continues"
     except RuntimeError as error:  # what comes from outside; other kinds are faults of this program
-        known = "DataLoader worker", "by peer", "Broken pipe", "NCCL", "device ordinal", "memory", "are exact"
+        known = "DataLoader worker", "by peer", "Broken pipe", "NCCL", "device ordinal", "memory", "hash"
         if not any(text in str(error) for text in known):
             raise
         remedy = "; give a smaller --eval-batch or --batch-size" if "memory" in str(error) else ""

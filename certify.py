@@ -293,7 +293,8 @@ class Smooth:
         if isinstance(self.classifier, nn.Module):
             training = any(module.training for module in self.classifier.modules())
             refuse(training, "the classifier is in training mode; call its eval() first")
-            noisy = noisy.to(next((p.dtype for p in self.classifier.parameters()), noisy.dtype))
+            dtypes = (p.dtype for p in self.classifier.parameters() if p.is_floating_point())
+            noisy = noisy.to(next(dtypes, noisy.dtype))
         logits = self.classifier(noisy)
         kind = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
         are_logits = isinstance(logits, Tensor) and logits.ndim == 2 and len(logits) == len(noisy)

@@ -119,7 +119,7 @@ def build_classifier(arch: str, num_classes: int, mean=None, std=None, **options
 
 def load_pretrained(classifier: Classifier, arch: str) -> None:
     """torchvision's weights, downloaded; if the classes differ, all but the last layer. Raises OSError."""
-    state = torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=False)
+    state = torchvision.models.get_model_weights(arch).DEFAULT.get_state_dict(progress=False, check_hash=True)
     own = classifier.net.state_dict()
     own.update({name: value for name, value in state.items() if value.shape == own[name].shape})
     classifier.net.load_state_dict(own)
@@ -150,12 +150,13 @@ def load_base_checkpoint(path, arch: str, num_classes: int, mean=None, std=None)
     layer `linear`, ImageNet's normalisation is meant). Raises ValueError for others."""
     state = read_state_dict(path)
     numbers = sorted(key for key in state if key.rpartition(".")[2] in NORMALISE)  # the mean comes first
-    values = [state.pop(key).flatten().float().expand(3) for key in numbers]
+    values = [state.pop(key).flatten().float() for key in numbers]
     if values and not (mean and std):
-        refuse(len(values) != 2, f"{path}: {numbers} are no one normalisation; give --mean and --std")
+        one = len(values) == 2 and {len(value) for value in values} <= {1, 3}
+        refuse(not one, f"{path}: {numbers} are no one normalisation; give --mean and --std")
         unit = 255 if max(map(torch.max, values)) > 2 else 1
-        mean, std = mean or (values[0] / unit).tolist(), std or (values[1] / unit).tolist()
-    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), ""):
+        mean, std = (own or (v / unit).expand(3).tolist() for own, v in zip((mean, std), values))
+    while state and (prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in state)), "")):
         state = {key.removeprefix(prefix): value for key, value in state.items()}
     options = {}
     if getattr(NETWORKS[arch][0], "func", None) is CifarResNet:
@@ -386,7 +387,7 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
     refuse(some.dtype != torch.float32, f"the network is in {some.dtype}; call its float() first")
     names = {module: name for name, module in body.named_modules()}
     layers = [module for module in names if isinstance(module, LAYERS)]
-    norms = [module for module in names if isinstance(module, NORMS) and module.affine]
+    norms = [m for m in names if isinstance(m, NORMS) and m.affine and m.track_running_stats]
     calls, channels = [], getattr(layers[0], "in_channels", 3)
     for module in layers + norms:
         module.register_forward_hook(lambda module, inputs, out: calls.append((module, inputs[0], out)))
@@ -607,10 +608,12 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
         if layer.w_bits == FLOAT_BITS:
             continue
         kinds, integers = {"int8": Int8Layer, "float32": IntegerLayer}, layer.freeze()
+        finite = (integers.scale * integers.shift).isfinite().all()
+        refuse(not finite, f"layer {name}: its weights or its BatchNorm are not finite")
         found = (exact_layer(kinds[backend], integers, batch) for backend in backends)
         frozen = next(filter(None, found), None)
         if frozen is None:
-            raise RuntimeError(f"layer {name}: no integer sums are exact on this device; use --device cpu")
+            raise RuntimeError(f"layer {name}: no sums are exact here, or memory is short; use --device cpu")
         body.set_submodule(name, frozen)
         used.add(frozen.backend)
     if "int8" in used and body is network:
@@ -618,7 +621,7 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
     elif "int8" in used:
         network.net = fuse(body)
     network.backend = "+".join(sorted(used, reverse=True)) or "float"
-    return network
+    return network.eval()
 
 
 # ---- faster, same integers: skip at first reading ----

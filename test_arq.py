@@ -6,6 +6,7 @@ Without the tests that start processes or train: python -m pytest -q test_arq.py
 import argparse
 import ast
 import copy
+import errno
 import functools
 import hashlib
 import json
@@ -1070,6 +1071,39 @@ def test_sums_of_every_kind_agree_with_the_simulation(backend, kind):
         assert torch.allclose(network(x), net(x), atol=1e-3)
 
 
+class Branching(nn.Module):
+    """A network that torch.fx cannot trace."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.layers = net
+
+    def forward(self, x):
+        return self.layers(x if x.sum() > -1e9 else -x)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("wrap", [lambda net: net, Branching])
+def test_every_integer_network_can_be_certified(backend, wrap):
+    """In evaluation mode down to its last layer, fused or not, although the network given was training."""
+    torch.manual_seed(0)
+    network, x = wrap(models.CifarResNet(8, 10)), torch.rand(2, 3, 16, 16)
+    table = models.quantize_model(network, 16)
+    models.calibrate(network, [x])
+    models.set_policy(network, models.uniform_policy(table, 4))
+    integers = on_backend(network.train(), backend)
+    assert not any(module.training for module in integers.modules())
+    assert len(Smooth(integers, None, 0.25).certify(x, [0, 1], n0=10, n=20)) == 2
+
+
+def test_a_layer_that_is_not_finite_is_refused():
+    """int8 would turn NaN into numbers, and certify them."""
+    classifier = copy.deepcopy(quantized("resnet8")[0])
+    models.quant_layers(classifier)["layer1.0.conv1"].norm.bias.data[0] = math.nan
+    with pytest.raises(ValueError, match="layer layer1.0.conv1.*not finite"):
+        models.integer_network(classifier)
+
+
 def test_networks_that_cannot_be_traced_run_layer_by_layer():
     class Branching(nn.Module):
         def __init__(self):
@@ -1225,7 +1259,7 @@ def test_a_refused_network_stays_as_it_was(words):
 
 
 def test_no_exact_backend_is_an_error_that_names_the_layer():
-    with pytest.raises(RuntimeError, match="layer conv1: no integer sums are exact"):
+    with pytest.raises(RuntimeError, match="layer conv1: no sums are exact"):
         models.integer_network(quantized("resnet8")[0], backends=())
 
 
@@ -1457,6 +1491,8 @@ def test_checkpoints_that_cannot_be_read_say_what_they_hold(tmp_path):
         r"\[0, 1\]": {0: torch.zeros(1), 1: torch.zeros(1)},
         r"\['model', 'model_ema'\]": {"model": state, "model_ema": state},
         r"\[\]": [state],
+        "mean.*std.*--mean": {"mean": torch.zeros(3, 4, 4), "std": torch.ones(3, 4, 4)} | state,
+        "holds no resnet8": {"mean": torch.zeros(3), "std": torch.ones(3)},
     }
     for words, saved in cases.items():
         torch.save(saved, tmp_path / "c.pt")
@@ -2027,6 +2063,22 @@ def test_a_stage_is_done_once_continues_and_takes_along_what_rests_on_it(tmp_pat
     shared = arq.Stages(tmp_path / "other" / "state.pt", keys)  # another run, which takes what this one made
     shared.do("first", product, work, shared=True)
     assert json.loads(product.read_text()) == "anew" and len(given) == 2
+    shared.do("second", tmp_path / "other" / "second.json", lambda state, save: "made")
+    arq.write_whole(
+        product, "of a third run"
+    )  # which found it gone: it is taken, and what rests on it made anew
+    shared.do("first", product, work, shared=True)
+    assert json.loads(product.read_text()) == "of a third run" and "second" not in shared.records
+
+
+def test_where_there_are_no_locks_runs_start(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def no_locks(file, kind):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    assert arq.hold(tmp_path / "run")
 
 
 def test_a_lock_ends_with_its_process_and_no_other_way(tmp_path):
