@@ -64,6 +64,7 @@ def main(argv=None) -> None:
     options = parser.parse_args(argv)
     results = json.loads((options.run / "results.json").read_text())
     records = [json.loads(line) for line in (options.run / "search.jsonl").read_text().splitlines()]
+    records = [record for record in records if not record.get("finalist")]
     plt.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3})
     figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
     draw_bits(axes[0], json.loads((options.run / "policy.json").read_text()))

@@ -77,7 +77,7 @@ def variants(arch: str, size: int) -> dict[str, nn.Module]:
             networks[f"ours, {backend}"] = models.integer_network(quantized, backends=(backend,))
         except RuntimeError:
             print(f"{backend}: not on this machine")
-    return networks
+    return {name: network.eval() for name, network in networks.items()}
 
 
 def medians(work: dict, rounds: int) -> dict:
