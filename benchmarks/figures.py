@@ -54,7 +54,7 @@ def draw_search(axes, records: list[dict], results: dict) -> None:
     axes.axhline(base, linestyle="--", color="gray", label="float base")
     axes.set(xlabel="episode", ylabel="ACR on the search images")
     axes.set_title("Search")
-    axes.legend(loc="lower right")
+    axes.legend(loc="center right")
 
 
 def main(argv=None) -> None:
