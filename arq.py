@@ -20,7 +20,6 @@ import os
 import statistics
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -154,26 +153,35 @@ def augment(images: Tensor, uniform: Tensor) -> Tensor:
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def train(classifier, images, config, steps, lr, purpose="train", decay=1e-4, state=None, save=None):
-    """Gaussian noise augmentation (Cohen et al., section 3.3): cross-entropy of augmented images plus noise.
-    In place: `steps` batches of an ImageSet by Nesterov SGD, whose rate rises over the first fifth and falls
-    along a cosine; weight decay spares steps, biases and BatchNorm. config: seed, sigma, batch_size. Equal
-    arguments train equal networks. save(state) is called per epoch; from such a state an interrupted call
-    continues. Under torchrun each process takes a share of every batch, which is what BatchNorm sees.
-    AUTOCAST_DEVICES use bfloat16, but for steps and rounding. An infinite loss is not saved: ValueError."""
+def noise_augmentation(network, x, noise, labels, teacher=None, share=0.0) -> Tensor:
+    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). share: of the targets, a teacher's
+    softmax on the same images under other noise, on average its smoothed classifier's; the rest: labels."""
+    if share > 0:
+        with torch.no_grad():
+            answers = teacher(x + noise.roll(1, 0)).float().softmax(1)  # the noise of another image
+        labels = share * answers + (1 - share) * F.one_hot(labels, answers.shape[1])
+    return F.cross_entropy(network(x + noise).float(), labels, reduction="none")
+
+
+def train(classifier, images, config, steps, lr, purpose="", decay=1e-4, state=None, save=None, loss=None):
+    """In place: `steps` batches of an ImageSet by Nesterov SGD, whose rate rises over a fifth and falls along
+    a cosine; weight decay spares steps, biases and BatchNorm. config: seed, sigma, batch_size, float32. loss:
+    as noise_augmentation, the default. Equal arguments train equal networks. save(state) is called per epoch;
+    from such a state an interrupted call continues. Under torchrun each process takes a share of every batch,
+    as BatchNorm sees it. AUTOCAST_DEVICES use bfloat16, but for steps. An infinite loss raises ValueError."""
     device, batch_size = next(classifier.parameters()).device, config.batch_size
     decayed = [p for p in classifier.parameters() if p.ndim > 1]
     groups = [{"params": decayed, "weight_decay": decay}]
     groups += [{"params": [p for p in classifier.parameters() if p.ndim <= 1]}]
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
-    first = 0
     if state is not None:
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
+    first = state["step"] if state else 0
     network = DistributedDataParallel(classifier) if WORLD > 1 else classifier
     classifier.train()
-    labels = torch.tensor(images.labels)
+    labels, fast = torch.tensor(images.labels), device.type in AUTOCAST_DEVICES and not config.float32
+    loss = loss or noise_augmentation
     epoch = len(images) // batch_size
     seed = hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()
     count = progress(purpose if save else "", "batches", first, steps)
@@ -189,9 +197,8 @@ def train(classifier, images, config, steps, lr, purpose="train", decay=1e-4, st
             uniform = torch.rand(3, batch_size)[:, RANK::WORLD]
             x = augment(pixels.to(device), uniform).float() / 255
             noise = torch.randn(batch_size, *x.shape[1:], device=device)[RANK::WORLD]
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type in AUTOCAST_DEVICES):
-                logits = network(x + config.sigma * noise)
-            losses = F.cross_entropy(logits.float(), labels[chosen].to(device), reduction="none")
+            with torch.autocast(device.type, torch.bfloat16, enabled=fast):
+                losses = loss(network, x, config.sigma * noise, labels[chosen].to(device))
             optimizer.zero_grad()
             (WORLD * losses.sum() / batch_size).backward()  # processes average their gradients
             optimizer.step()
@@ -248,6 +255,7 @@ class Config:  # every option; the command line is made from it
     finetune_steps: int = option("training steps of a policy in its episode", (8, 20, 20), "search", 0)
     finalists: int = option("best policies that are evaluated again, on other noise", 5, "search", 0)
     finetune_epochs: float = option("epochs of the best policy", (3.0, 30.0, 10.0), "fine-tune", 0)
+    distill: float = option("share of the base's answers in the targets then", 0.0, "fine-tune", 0)
     search_images: int = option("training images held out for it", (100, 500, 500), "base", WORLD)
     search_n: int = option("samples of the base per search image", (500, 10000, 10000), "cache", 1)
     n_p: int = option("samples of a policy per search image", (200, 1000, 1000), "search", 1)
@@ -260,6 +268,7 @@ class Config:  # every option; the command line is made from it
     reward: str = option("estimate: not certified", "irs", "search", choices=("irs", "estimate"))
     image_size: int = option("side of the images", (32, 32, 224), "base evaluate", 8)
     batch_size: int = option("training batch", 128, "base", 2 * WORLD)
+    float32: bool = option("train in float32 even where bfloat16 is faster", False, "base")
     eval_batch: int = option("samples per forward pass when certifying", None, "", 1)
     workers: int = option("processes that decode image files of over 64 pixels", WORKERS, "", 0)
     seed: int = option("seed of training, search and noise", 0, "base evaluate", 0)
@@ -404,9 +413,8 @@ class Stages:
                 del self.records[name]
 
     def do(self, name: str, product: Path, work: Callable, shared: bool = False) -> None:
-        """Make the file `product` of what work(state, save) returns, unless that is finished (or shared, and
-        there). state: what an interrupted `work` handed to save last, or None. Every process calls save, and
-        waits. What rests on another product is done anew."""
+        """Make the file `product` of what work(state, save) returns, unless finished (or shared and there).
+        state: what `work` last gave to save, which all processes call. Dependents of another product go."""
         record = self.records.get(name)
         made = digest(product.read_bytes()) if product.exists() else None
         if made and record and record["finished"] and record["product"] != made and not shared:
@@ -533,8 +541,7 @@ def hold_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
 
 
 def read_image(path: str, size: int) -> Tensor:
-    """An RGB image as uint8 (3, size, size): shorter side resized, centre cropped, as stored (torchvision
-    does not turn photographs as their EXIF says, either). Raises ValueError."""
+    """RGB uint8 (3, size, size): shorter side resized, centre cropped, no EXIF turn. Raises ValueError."""
     try:
         with Image.open(path) as file:
             refuse(file.mode[0] in "IF", f"mode {file.mode} has no fixed range: save it with 8 bits")
@@ -649,7 +656,7 @@ def run(config: Config) -> None:
     # 4: the best policy is fine-tuned and packed
     file = out / "model.arq"
     best = evaluate.quantize(policy)
-    stages.do("fine-tune", file, partial(finetune_best, best, table, train_images, config))
+    stages.do("fine-tune", file, partial(finetune_best, best, base, table, train_images, config))
     # 5: what was packed is certified from scratch; the test images are first seen here
     network = stages.watch(integers(models.load_model(file)[0], config))
     base_rows = certified("certify the base, test images", base, test_images, config, stages, "base_")
@@ -761,13 +768,11 @@ def policy_evaluator(base, train_images, search_images, config: Config, final=Fa
         if final:
             of = images[mine], [rows[i].label for i in mine], [rows[i].idx for i in mine]
             found = g.certify(*of, config.n0, config.search_n, config.alpha)
-            radii = [row.radius * row.correct for row in found]
         elif config.reward == "estimate":
-            radii = g.estimate_radii(images[mine], part, config.n_p).tolist()
+            return sum(gather(g.estimate_radii(images[mine], part, config.n_p).tolist()), [])
         else:
             found = g.certify_incremental(images[mine], part, config.n_p, config.alpha_zeta, config.gamma)
-            radii = [row.radius for row in found]
-        return sum(gather(radii), [])
+        return sum(gather([row.radius * row.correct for row in found]), [])
 
     brief = {"steps": config.finetune_steps * (1 + final), "lr": EPISODE_LR, "purpose": "episode"}
     finetune = partial(train, images=train_images, config=config, **brief)
@@ -782,12 +787,12 @@ def calibrate(classifier: Classifier, images: ImageSet, config: Config) -> None:
     models.calibrate(classifier, (x + config.sigma * noise).split(50))  # whatever --eval-batch is
 
 
-def search_policies(environment, evaluate, again, cache, config: Config, log: Path, state, save) -> bytes:
+def search_policies(environment, evaluate, again, cache, config, log, state, save, kind=DDPG) -> bytes:
     """Algorithm 1 with a line per episode, printed and in `log`. Then, since the best of many noisy rewards
-    is partly luck, the best policies are evaluated by again(policy, cache): a line for each of them, too."""
+    is partly luck, the best policies are evaluated by again(policy, cache), a line each. kind: of agent."""
     warmup = min(20, max(1, config.episodes // 3))
     settings = DDPGConfig(episodes=config.episodes, warmup_episodes=warmup)
-    agent = DDPG(environment.state_size, config.seed, settings)
+    agent = kind(environment.state_size, config.seed, settings)
     act = agent.act
     agent.act = lambda state: gather(act(state))[0]  # all processes take rank 0's actions
     records = state["records"] if state else []
@@ -820,9 +825,10 @@ def search_policies(environment, evaluate, again, cache, config: Config, log: Pa
     return log.read_bytes()
 
 
-def finetune_best(classifier, table: list[Layer], images: ImageSet, config: Config, state, save) -> bytes:
+def finetune_best(classifier, base, table, images: ImageSet, config: Config, state, save) -> bytes:
     steps = int(config.finetune_epochs * (len(images) // config.batch_size))
-    train(classifier, images, config, steps, FINETUNE_LR, "fine-tune", state=state, save=save)
+    loss = partial(noise_augmentation, teacher=base, share=config.distill)
+    train(classifier, images, config, steps, FINETUNE_LR, "fine-tune", state=state, save=save, loss=loss)
     description = {name: getattr(config, name) for name in SAVED_OPTIONS}
     return models.pack_model(classifier, table, {**description, "classes": images.classes})
 
@@ -898,7 +904,6 @@ def main(argv=None) -> int:
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=timedelta(days=1))
-            warnings.filterwarnings("ignore", "Grad strides")  # of 1x1 convolutions: costs nothing
             sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
         evaluate_saved(config) if config.evaluate else run(config)
         return 0

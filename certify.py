@@ -88,8 +88,7 @@ def draw_noise(key: str, image_id: int, chunk: int, shape: Sequence[int], device
     """Standard normal noise (CHUNK, *shape): samples CHUNK * chunk onwards of one image under one key.
     It depends on the arguments and the device type alone: predictions can be replayed in any batch size."""
     start = hashlib.sha256(f"{key}|{image_id}".encode()).digest()
-    # A CPU generator keeps 32 bits of its seed. Counting chunks up from the image's own start keeps them
-    # apart; 1,000 independent seeds would repeat one in 1 of 8,600 images, noise included.
+    # A CPU generator keeps 32 bits of its seed: an image's chunks count up from its start, so none repeats.
     seed = (int.from_bytes(start[:4], "little") + chunk) % 2**32
     generator = torch.Generator(device).manual_seed(seed)
     # Contiguous: drawing in channels_last order is several times slower on a CPU.
@@ -203,8 +202,8 @@ class Smooth:
         alphas, n_p beyond the cached samples, another sigma than f's."""
         selected, right, ids = self._cached(cache)
         n, alpha = cache.predictions.shape[1], cache.certificates[0].alpha
-        possible = alpha_zeta > 0 and alpha + alpha_zeta < 1
-        refuse(not possible, f"alpha + alpha_zeta = {alpha} + {alpha_zeta} must stay between 0 and 1")
+        wrong = not 0 < alpha_zeta < 1 - alpha
+        refuse(wrong, f"alpha + alpha_zeta = {alpha} + {alpha_zeta} must stay between 0 and 1")
         refuse(n_p > n, f"n_p = {n_p} exceeds the {n} cached samples")
         # c_A, p_A <- what f was certified with
         n_a = torch.tensor([row.n_a for row in cache.certificates])
@@ -315,8 +314,8 @@ def two_sided(rows: Sequence[Certificate]) -> list[Certificate]:
     """The same certificates by Theorem 2.1 in full: p_A and p_B bounded at alpha / 2 each. The most counted
     other class needs no correction over classes: its bound is at least the true runner-up's. Either radius is
     wrong with probability at most alpha; the larger, taken afterwards, with up to 1.5 alpha."""
-    counted = all(row.n_a is not None and row.n_b is not None for row in rows)
-    refuse(not counted, "these certificates hold no counts; a two-sided radius needs n_a and n_b")
+    bare = any(None in (row.n_a, row.n_b) for row in rows)
+    refuse(bare, "these certificates hold no counts; a two-sided radius needs n_a and n_b")
     found = []
     for row in rows:
         p_a = lower_confidence_bound(row.n_a, max(row.n, 1), row.alpha / 2)

@@ -42,22 +42,19 @@ def mlp(inputs: int, hidden: int, output: nn.Module) -> nn.Sequential:
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last, output)
 
 
-def q_value(critic: nn.Module, state: Tensor, action: Tensor) -> Tensor:
-    return critic(torch.cat([state, action], 1))
-
-
 def critic_loss(critic, critic_target, actor_target, batch, baseline, scale, discount) -> Tensor:
     """Squared Bellman error, y = (r - b) / scale + discount * Q'(s', mu'(s')), without Q' at the end."""
     state, action, reward, next_state, done = batch
     with torch.no_grad():
-        next_value = q_value(critic_target, next_state, actor_target(next_state))
+        next_value = critic_target(torch.cat([next_state, actor_target(next_state)], 1))
         target = (reward - baseline) / scale + discount * (1 - done) * next_value
-    return F.mse_loss(q_value(critic, state, action), target)
+    return F.mse_loss(critic(torch.cat([state, action], 1)), target)
 
 
 def actor_loss(actor, critic, batch) -> Tensor:
     """The deterministic policy gradient climbs Q(s, mu(s))."""
-    return -q_value(critic, batch[0], actor(batch[0])).mean()
+    state = batch[0]
+    return -critic(torch.cat([state, actor(state)], 1)).mean()
 
 
 @torch.no_grad()

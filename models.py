@@ -394,8 +394,7 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
     probe = torch.rand(1, channels, image_size, image_size, device=some.device)
     expected = twin(probe)
     refuse(not isinstance(expected, Tensor), f"the network returns a {type(expected).__name__}, not logits")
-    finite = expected.isfinite().all()
-    refuse(not finite, "the network's logits are not finite: check its weights and its normalisation")
+    refuse(not expected.isfinite().all(), "the network's logits are not finite: check its normalisation")
     for layer in layers:
         times = [module for module, *_ in calls].count(layer)
         runs = f"layer {names[layer]} runs {times} times in a pass, not once"
@@ -499,11 +498,10 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
     From the last layer back, each visit takes one bit from the input, then one from the weights, until the
     policy fits; the first and last layer keep theirs. Raises ValueError if 2 bits everywhere do not fit."""
     policy = {name: list(bits) for name, bits in policy.items()}
-    weights, inputs = 0, 1
     while bitops_ratio(table, policy) > budget:
         before = copy.deepcopy(policy)
         for layer in reversed(table[1:-1]):
-            for kind in (inputs, weights):
+            for kind in (1, 0):  # input, weights
                 if policy[layer.name][kind] > MIN_BITS and bitops_ratio(table, policy) > budget:
                     policy[layer.name][kind] -= 1
         least = f"2 bits, first and last layer 8, cost {bitops_ratio(table, policy):.6f} of the float BitOPs"
@@ -608,8 +606,8 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
         if layer.w_bits == FLOAT_BITS:
             continue
         kinds, integers = {"int8": Int8Layer, "float32": IntegerLayer}, layer.freeze()
-        finite = (integers.scale * integers.shift).isfinite().all()
-        refuse(not finite, f"layer {name}: its weights or its BatchNorm are not finite")
+        broken = not (integers.scale * integers.shift).isfinite().all()
+        refuse(broken, f"layer {name}: its weights or its BatchNorm are not finite")
         found = (exact_layer(kinds[backend], integers, batch) for backend in backends)
         frozen = next(filter(None, found), None)
         if frozen is None:

@@ -2014,12 +2014,36 @@ def test_a_loss_that_is_not_finite_ends_training():
     assert not saved
 
 
+def test_a_share_of_the_targets_is_the_teachers_under_other_noise():
+    """share 0 asks no teacher; at 1 the labels play no part, and the loss is least where network and teacher
+    agree; the teacher sees the same images, none under its own noise, and gets no gradient."""
+    torch.manual_seed(0)
+    network, teacher, seen = nn.Linear(3, 4), nn.Linear(3, 4), []
+    x, noise, labels = torch.rand(5, 3), torch.randn(5, 3), torch.tensor([0, 1, 2, 3, 0])
+    plain = F.cross_entropy(network(x + noise), labels, reduction="none")
+    assert torch.equal(arq.noise_augmentation(network, x, noise, labels), plain)
+
+    def ask(noisy):
+        seen.append(noisy - x)
+        return teacher(noisy)
+
+    losses = arq.noise_augmentation(network, x, noise, labels, ask, 0.25)
+    soft = teacher(x + seen[0]).softmax(1)
+    expected = 0.75 * plain - 0.25 * (soft * network(x + noise).log_softmax(1)).sum(1)
+    assert losses.allclose(expected)
+    assert seen[0].sum(1).sort().values.allclose(noise.sum(1).sort().values, atol=1e-5)
+    assert ((seen[0] - noise).abs().amax(1) > 0.01).all()
+    losses.sum().backward()
+    assert network.weight.grad is not None and teacher.weight.grad is None
+
+
 def test_mixed_precision_trains_nearly_as_float32(monkeypatch):
-    """A step in bfloat16, as GPUs take it: weights and step sizes move in the same direction, in float32."""
+    """A step in bfloat16, as GPUs take it: weights and step sizes move in the same direction, in float32.
+    --float32 takes none, wherever it runs."""
     config = arq.parse_config(["--batch-size", "16", "--device", "cpu"])
     images, moves = arq.draw_shapes(64, seed=0, size=32), []
-    for devices in ((), ("cpu",)):
-        monkeypatch.setattr(arq, "AUTOCAST_DEVICES", devices)
+    monkeypatch.setattr(arq, "AUTOCAST_DEVICES", ("cpu",))
+    for config.float32 in (True, False):
         classifier, _ = quantized("resnet8", bits=4)
         before = [p.detach().clone() for p in classifier.parameters()]
         arq.train(classifier, images, config, 1, 0.1, "base", 0.0)

@@ -1,13 +1,16 @@
-"""Three panels from a run folder: bits per layer, certified accuracy over radius, ACR by episode.
+"""The figures, from the finished cells of compare.py under results/compare/.
 
-    python benchmarks/figures.py results/cifar10-resnet20-sigma0.25 results/cifar10.png
+    python benchmarks/figures.py [--cells DIR] [--out DIR]
 
-It needs matplotlib. Bits per layer are drawn as in the paper's Figure 4: dots for weights, crosses for
-inputs.
+It needs matplotlib, and writes comparison.png (the paper's Figure 1: ACR and clean accuracy over BitOPs),
+sizes.png (Figure 3: the same over model size), policies.png (Figure 4: bits per layer), radii.png (certified
+accuracy over radius) and searches.png (ACR by evaluation). Error bars are 95 % intervals over images, paired
+with the float base's. What no finished cell holds is left out.
 """
 
 import argparse
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -17,60 +20,170 @@ import torch
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 import certify  # noqa: E402
 
-
-def draw_bits(axes, policy: dict) -> None:
-    layers = range(1, len(policy) + 1)
-    weights, inputs = zip(*policy.values())
-    axes.plot(layers, weights, "o", color="black", label="weights")
-    axes.plot(layers, inputs, "x", color="tab:red", label="input", markersize=8, markeredgewidth=2)
-    axes.set(xlabel="layer, in order of execution", ylabel="bits", ylim=(1.5, 8.5))
-    axes.set_title("Bits per layer")
-    axes.legend(loc="upper center")
-
-
-def draw_accuracy(axes, run: Path, results: dict) -> None:
-    base, arq = (certify.read_certificates(run / f"{name}certificates.tsv") for name in ("base_", ""))
-    radii = torch.linspace(0, 2.6 * results["sigma"], 261).tolist()
-    for rows, style, label in ((base, "--", "float base"), (arq, "-", "ARQ")):
-        acr = certify.average_certified_radius(rows)
-        bitops = 100 * (results if label == "ARQ" else results["base"])["bitops_ratio"]
-        values = [certify.certified_accuracy(rows, radius) for radius in radii]
-        text = f"{label}: {bitops:.4g} % of BitOPs, ACR {int(acr * 1e4) / 1e4:.4f}"
-        axes.plot(radii, values, style, color="black" if label != "ARQ" else "tab:red", label=text)
-    axes.set(xlabel="l2 radius, in [0, 1] pixels", ylabel="certified accuracy", ylim=(0, 1))
-    axes.set_title(f"Certified accuracy, {len(arq)} test images, n = {results['n']:,}")
-    axes.legend(loc="upper right")
+# Marker and shade tell methods apart in grey, too; ARQ alone is red.
+STYLES = {  # color, marker, line
+    "ARQ": ("tab:red", "o", "-"),
+    "ARQ estimate": ("tab:pink", "o", ":"),
+    "uniform": ("black", "s", "--"),
+    "evolution": ("tab:blue", "^", "-"),
+    "random": ("dimgray", "x", ":"),
+    "LIMPQ": ("tab:green", "D", "-."),
+    "HAQ": ("tab:orange", "v", "--"),
+    "NIPQ": ("tab:purple", "P", "-."),
+}
 
 
-def draw_search(axes, records: list[dict], results: dict) -> None:
-    acr = [record["acr"] for record in records]
-    best = torch.tensor(acr).cummax(0).values
-    axes.plot(range(1, len(acr) + 1), acr, ".", color="black", label="policy of the episode")
-    axes.plot(range(1, len(acr) + 1), best, "-", color="tab:red", label="best so far")
-    base = results["base"]["search_acr"]
-    axes.axhline(base, linestyle="--", color="gray", label="float base")
-    axes.set(xlabel="episode", ylabel="ACR on the search images")
-    axes.set_title("Search")
-    axes.legend(loc="center right")
+def style_of(method: str) -> dict:
+    return dict(
+        zip(("color", "marker", "linestyle"), STYLES[method]), markersize=6, zorder=3 + (method == "ARQ")
+    )
+
+
+def read_cells(folder: Path) -> list[dict]:
+    """Finished cells with n = 1,000, each with its certificates."""
+    cells = [json.loads(file.read_text()) | {"file": file} for file in sorted(folder.glob("*.json"))]
+    cells = [cell for cell in cells if cell["n"] == 1000]
+    for cell in cells:
+        cell["rows"] = certify.read_certificates(cell["file"].with_suffix(".tsv"))
+    return cells
+
+
+def of(cells: list[dict], method: str, sigma: float | None = None) -> list[dict]:
+    found = [c for c in cells if c["method"] == method and sigma in (None, c["sigma"])]
+    return sorted(found, key=lambda c: c["bitops_ratio"])
+
+
+def sigmas_of(cells: list[dict]) -> list[float]:
+    return sorted({cell["sigma"] for cell in cells})
+
+
+def draw_tradeoff(cells: list[dict], cost, label: str):
+    """ACR over cost, a panel for each sigma, and the difference in clean accuracy, mean of sigmas."""
+    sigmas = sigmas_of(cells)
+    figure, axes = plt.subplots(
+        1, len(sigmas) + 1, figsize=(3.4 * len(sigmas) + 3.4, 3.6), layout="constrained"
+    )
+    for sigma, panel in zip(sigmas, axes):
+        for name, style in (("base", "--"), ("control", ":")):
+            for cell in of(cells, name, sigma)[:1]:
+                text = {"base": "float base", "control": "float, fine-tuned alike"}[name]
+                panel.axhline(cell["acr"], linestyle=style, color="black", linewidth=1, label=text)
+        for method in STYLES:
+            some = of(cells, method, sigma)
+            error = [1.96 * cell["acr_difference"]["standard_error"] for cell in some]
+            x, y = [cost(cell) for cell in some], [cell["acr"] for cell in some]
+            if some:
+                panel.errorbar(x, y, error, label=method, capsize=2, elinewidth=0.7, **style_of(method))
+        panel.set(title=f"sigma = {sigma:g}", xlabel=label, ylabel="ACR")
+    for method in STYLES:
+        points = {}
+        for cell in of(cells, method):
+            base = of(cells, "base", cell["sigma"])
+            if base:
+                difference = cell["accuracy_without_noise"] - base[0]["accuracy_without_noise"]
+                points.setdefault(cell["budget"], []).append((cost(cell), 100 * difference))
+        pairs = sorted(tuple(map(statistics.fmean, zip(*values))) for values in points.values())
+        if pairs:
+            axes[-1].plot(*zip(*pairs), **style_of(method))
+    axes[-1].axhline(0, color="black", linestyle="--", linewidth=1)
+    axes[-1].set(title="all sigmas", xlabel=label, ylabel="clean accuracy less the base's, points")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def draw_policies(cells: list[dict]):
+    """ARQ's bits, layer by layer: dots for weights, crosses for inputs."""
+    chosen = [
+        c for s in sigmas_of(cells) for c in of(cells, "ARQ", s) if c["budget"] == 0.015 and c["seed"] == 0
+    ]
+    if not chosen:
+        return None
+    figure, axes = plt.subplots(
+        1, len(chosen), figsize=(4.2 * len(chosen), 3), layout="constrained", squeeze=False
+    )
+    for cell, panel in zip(chosen, axes[0]):
+        weights, inputs = zip(*cell["policy"].values())
+        layers = range(1, len(weights) + 1)
+        panel.plot(layers, weights, "o", color="black", label="weights")
+        panel.plot(layers, inputs, "x", color="tab:red", label="input", markersize=8, markeredgewidth=2)
+        cost = 100 * cell["bitops_ratio"]
+        panel.set(title=f"sigma = {cell['sigma']:g}, {cost:.3f} % of BitOPs", ylim=(1.5, 8.5))
+        panel.set(xlabel="layer, in order of execution", ylabel="bits")
+        panel.legend(loc="upper center")
+    return figure
+
+
+def draw_radii(cells: list[dict]):
+    """Certified accuracy over radius: the float base, its fine-tuned twin, and ARQ."""
+    sigmas = sigmas_of(cells)
+    figure, axes = plt.subplots(
+        1, len(sigmas), figsize=(4.2 * len(sigmas), 3.2), layout="constrained", squeeze=False
+    )
+    lines = {"base": ("black", "--", "float base"), "control": ("gray", ":", "float, fine-tuned alike")}
+    lines["ARQ"] = ("tab:red", "-", "ARQ")
+    for sigma, panel in zip(sigmas, axes[0]):
+        radii = torch.linspace(0, 2.6 * sigma, 261).tolist()
+        for method, (color, style, name) in lines.items():
+            some = [c for c in of(cells, method, sigma) if c["budget"] in (1.0, 0.015) and c["seed"] == 0]
+            for cell in some[:1]:
+                values = [certify.certified_accuracy(cell["rows"], radius) for radius in radii]
+                text = f"{name}: ACR {int(cell['acr'] * 1e4) / 1e4:.4f}"
+                panel.plot(radii, values, style, color=color, label=text)
+        panel.set(title=f"sigma = {sigma:g}", xlabel="l2 radius, in [0, 1] pixels", ylim=(0, 1))
+        panel.set(ylabel="certified accuracy")
+        panel.legend(loc="upper right")
+    return figure
+
+
+def draw_searches(cells: list[dict]):
+    """The best ACR on search images so far, by evaluation; HAQ's reward is another."""
+    groups = sorted(
+        {(c["sigma"], c["budget"]) for c in cells if c["search_acr"]}, key=lambda g: (g[0], -g[1])
+    )
+    if not groups:
+        return None
+    figure, axes = plt.subplots(
+        1, len(groups), figsize=(4.2 * len(groups), 3.2), layout="constrained", squeeze=False
+    )
+    for (sigma, budget), panel in zip(groups, axes[0]):
+        for method in ("ARQ", "evolution", "random"):
+            some = [c for c in of(cells, method, sigma) if c["budget"] == budget]
+            for number, cell in enumerate(some):
+                best = (
+                    torch.tensor(cell["search_acr"][: cell["evaluations"] - cell["finalists"]])
+                    .cummax(0)
+                    .values
+                )
+                style = {**style_of(method), "marker": ""}
+                panel.plot(range(1, len(best) + 1), best, label=None if number else method, **style)
+        panel.set(title=f"sigma = {sigma:g}, budget {100 * budget:g} %", xlabel="evaluation")
+        panel.set(ylabel="best reward's ACR")
+        panel.legend(loc="lower right")
+    return figure
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="the folder of a finished run")
-    parser.add_argument("out", type=Path, help="a PNG file")
+    parser.add_argument("--cells", type=Path, default=ROOT / "results" / "compare")
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "compare")
     options = parser.parse_args(argv)
-    results = json.loads((options.run / "results.json").read_text())
-    records = [json.loads(line) for line in (options.run / "search.jsonl").read_text().splitlines()]
-    records = [record for record in records if not record.get("finalist")]
+    cells = read_cells(options.cells)
     plt.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3})
-    figure, axes = plt.subplots(1, 3, figsize=(14, 3.8), layout="constrained")
-    draw_bits(axes[0], json.loads((options.run / "policy.json").read_text()))
-    draw_accuracy(axes[1], options.run, results)
-    draw_search(axes[2], records, results)
-    figure.savefig(options.out, dpi=80)
+    figures = {
+        "comparison": draw_tradeoff(cells, lambda cell: 100 * cell["bitops_ratio"], "BitOPs, % of float"),
+        "sizes": draw_tradeoff(cells, lambda cell: cell["size_bytes"] / 1000, "weights, kB"),
+        "policies": draw_policies(cells),
+        "radii": draw_radii(cells),
+        "searches": draw_searches(cells),
+    }
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.savefig(options.out / f"{name}.png", dpi=80)
 
 
 if __name__ == "__main__":

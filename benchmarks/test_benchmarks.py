@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.stats import binom, norm
+from torch import nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import arq
 import certify
-from benchmarks import incremental
+import models
+from benchmarks import compare, incremental, rivals
 from certify import ABSTAIN, Smooth
+from ddpg import DDPGConfig
 
 KEY = "0|certificate"
 TRIALS = 1000
@@ -309,13 +313,162 @@ def test_what_cannot_be_certified_is_refused():
         incremental.certify_incremental(Smooth(None, 3, 0.5), images, cache, 100)
 
 
+# ---- rival ways to choose the bits ----
+
+
+def layers(count: int) -> list[models.Layer]:
+    """Layers in a row, of 1,000, 2,000, ... MACs between two small ones."""
+    macs = [100, *range(1000, 1000 * count - 1000, 1000), 100]
+    return [models.Layer(f"l{i}", 3, 4, 3, 1, 8, 100, m, False) for i, m in enumerate(macs)]
+
+
+@pytest.mark.parametrize("budget", [0.012, 0.02, 0.03])
+def test_uniform_leaves_no_room_for_another_bit(budget):
+    table = layers(6)
+    policy = rivals.uniform(table, budget)
+    assert models.bitops_ratio(table, policy) <= budget
+    assert rivals.fill(table, policy, budget) == policy
+    assert policy["l0"] == policy["l5"] == [8, 8]
+
+
+def test_the_integer_program_finds_the_best_of_all_policies():
+    """Three inner layers, 117,649 policies, random importance: the least sum of those within the budget."""
+    table, widths = layers(5), torch.arange(9.0)
+    generator = torch.Generator().manual_seed(0)
+    importance = [torch.rand(2, 1, generator=generator) * 2**-widths for _ in range(3)]
+    for budget in (0.0075, 0.0165, 0.028):
+        policy = rivals.assign(table, budget, importance)
+        assert models.bitops_ratio(table, policy) <= budget
+        found, best = 0.0, torch.zeros(())
+        bitops = torch.zeros(())
+        for i, (layer, (s_w, s_a)) in enumerate(zip(table[1:-1], importance)):
+            shape = [49 if axis == i else 1 for axis in range(3)]
+            best = best + (s_a[2:] + 2 * s_w[2:, None]).reshape(shape)
+            bitops = bitops + (layer.macs * widths[2:, None] * widths[2:]).reshape(shape)
+            w, a = policy[layer.name]
+            found += float(s_a[a] + 2 * s_w[w])
+        allowed = budget * 6200 * 1024 - 64 * 200
+        assert found == pytest.approx(float(best[bitops <= allowed].min()), rel=1e-5)
+
+
+def best_found(kind: type, seed: int) -> float:
+    """The least distance to a policy that just fits, by one bit and operand, in 60 evaluations."""
+    table = layers(12)
+    target = rivals.uniform(table, 0.016)
+    environment = arq.BitWidthEnvironment(table, 0.0161)
+
+    def evaluate(policy, cache):
+        return -sum(abs(a - b) for name in target for a, b in zip(target[name], policy[name])) / 20
+
+    agent = kind(environment.state_size, seed, DDPGConfig(episodes=60, warmup_episodes=20))
+    cache = certify.ReplayCache([certify.Certificate(0, 0, 0, 1.0, 1, "")], None, "")
+    return max(r["acr"] for r in arq.search(lambda: cache, environment, agent, evaluate))
+
+
+def test_evolution_beats_random_policies():
+    pairs = [
+        [best_found(kind, seed) for kind in (rivals.EvolutionAgent, rivals.RandomAgent)] for seed in range(5)
+    ]
+    assert all(evolved > random for evolved, random in pairs)
+
+
+class TwoBranches(nn.Module):
+    """One branch that the logits rest on, and one that hardly moves them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 3, 2, 1), nn.Linear(8, 10)
+        self.used, self.idle = nn.Conv2d(8, 8, 3, 2, 1), nn.Conv2d(8, 8, 3, 2, 1)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        return self.last((self.used(x) + 1e-4 * self.idle(x)).relu().mean((2, 3)))
+
+
+def test_bits_learned_by_gradient_go_where_they_matter():
+    """NIPQ within a budget gives the branch that the logits rest on more bits; LIMPQ meets it, too. The
+    network that they are given stays as it is."""
+    torch.manual_seed(0)
+    net, config = TwoBranches(), arq.parse_config(["--batch-size", "64", "--device", "cpu"])
+    images = arq.draw_shapes(1000, seed=0, size=32)
+    arq.train(net, images, config, 60, 0.1, "base")
+    before, table = copy.deepcopy(net.state_dict()), models.quantize_model(copy.deepcopy(net), 32)
+
+    def train(classifier, loss):
+        arq.train(classifier, images, config, 60, 0.05, loss=loss)
+
+    def calibrate(classifier):
+        arq.calibrate(classifier, images, config)
+
+    budget = 0.035
+    for method in (rivals.nipq, rivals.limpq):
+        policy = method(net, table, budget, calibrate, train)
+        assert models.bitops_ratio(table, policy) <= budget
+        if method is rivals.nipq:
+            assert rivals.fill(table, policy, budget) == policy
+            assert sum(policy["used"]) > sum(policy["idle"])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_the_accuracy_reward_is_the_share_of_images_that_are_right():
+    net, config = TwoBranches().eval(), arq.parse_config(["--device", "cpu"])
+    images = arq.draw_shapes(60, seed=0, size=32)
+    table = models.quantize_model(net, 32)
+    arq.calibrate(net, images, config)
+    evaluator = arq.PolicyEvaluator(net, lambda classifier: None, None)
+    x = images.batch(range(60))
+    accuracy = rivals.accuracy_evaluator(evaluator, x, images.labels, config)
+    policy = models.uniform_policy(table, 4)
+    found = accuracy(policy, None)
+    models.set_policy(net, policy)
+    classes = models.integer_network(net)(x).argmax(1)
+    assert found == pytest.approx(float((classes == torch.tensor(images.labels)).double().mean()))
+
+
+@pytest.mark.slow
+def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, capsys):
+    """On drawn images, tiny: each method's cell meets the budget, its ACR is that of its certificates, the
+    paired difference that of base's; a finished cell is not computed again."""
+    monkeypatch.setattr(compare, "OUT", tmp_path / "results")
+    monkeypatch.setattr(compare, "WORK", tmp_path / "runs")
+    words = "--dataset shapes --device cpu --episodes 3 --finetune-steps 1 --finalists 1 --search-images 12"
+    monkeypatch.setattr(
+        compare, "FRAME", f"{words} --search-n 40 --n-p 20 --finetune-epochs 0.03 --images 6 --n0 20"
+    )
+    cells = [compare.cell(method, 0.25, 0.02) for method in (*compare.FLOAT, *compare.METHODS)]
+    monkeypatch.setattr(compare, "CELLS", [cell | {"n": 50} for cell in cells])
+    torch.manual_seed(0)
+    base = models.build_classifier("resnet8", 10)
+    config = arq.parse_config("--device cpu --batch-size 64".split())
+    arq.train(base, arq.draw_shapes(2000, seed=0, size=32), config, 120, 0.2, "base")
+    torch.save(base.state_dict(), tmp_path / "resnet20_cifar10_sigma0.25.pt")
+    command = ["--data", str(tmp_path), "--checkpoints", str(tmp_path)]
+    compare.main(command)
+    found = {cell["method"]: cell for cell in compare.finished()}
+    assert sorted(found) == sorted([*compare.FLOAT, *compare.METHODS])
+    base_rows = certify.read_certificates(compare.OUT / "sigma0.25-budget1-base-seed0-n50.tsv")
+    for method, cell in found.items():
+        rows = certify.read_certificates(compare.OUT / f"{compare.name_of(cell)}.tsv")
+        assert cell["acr"] == certify.average_certified_radius(rows) and len(rows) == 6
+        assert cell["acr_difference"]["mean"] == certify.acr_difference(rows, base_rows)[0]
+        assert cell["evaluations"] == (4 if method in compare.AGENTS else 0)
+        assert (cell["bitops_ratio"] == 1) if method in compare.FLOAT else (cell["bitops_ratio"] <= 0.02)
+    capsys.readouterr()
+    compare.main(command)
+    printed = capsys.readouterr().out
+    assert "..." not in printed and all(method in printed for method in found)
+
+
 # ---- the scripts ----
 
-SCRIPTS = "attack batchnorm certificates figures networks ranking resume scale search shapes speed".split()
+SCRIPTS = (
+    "attack batchnorm certificates compare figures luck networks ranking resume scale search shapes speed"
+)
+SCRIPTS = SCRIPTS.split()
 
 
 def test_every_script_is_tried():
-    others = {"incremental", "test_benchmarks"}
+    others = {"incremental", "rivals", "test_benchmarks"}
     assert {path.stem for path in Path(__file__).parent.glob("*.py")} == others.union(SCRIPTS)
 
 

@@ -1,0 +1,241 @@
+"""ARQ and its rivals in one frame: the same base, quantizer, fine-tuning and certificates; the bits differ.
+
+    python benchmarks/compare.py --data DIR --checkpoints DIR [--cells sigma0.25-budget0.015 ...]
+
+A cell is (method, sigma, budget, seed). Each finished one is a JSON and its certificates under
+results/compare/; the command goes on where it stopped, in the order of CELLS, and ends with the table.
+--checkpoints holds resnet20_cifar10_sigma{0.25,0.50,1.00}.pt, --data the images of CIFAR-10.
+--cells: only those whose names begin so. --table: print the table of what is there, and stop.
+"""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import arq  # noqa: E402
+import certify  # noqa: E402
+import models  # noqa: E402
+from benchmarks import rivals  # noqa: E402
+from ddpg import DDPG  # noqa: E402
+
+OUT, WORK = ROOT / "results" / "compare", ROOT / "runs" / "compare"
+FRAME = """--dataset cifar10 --images 500 --n0 100 --n 1000 --episodes 100 --finetune-steps 12
+ --search-images 200 --search-n 1000 --n-p 250 --finetune-epochs 4 --distill 0.7"""
+AGENTS = {"random": rivals.RandomAgent, "evolution": rivals.EvolutionAgent}
+AGENTS |= {"HAQ": DDPG, "ARQ estimate": DDPG, "ARQ": DDPG}
+METHODS = ["ARQ", "uniform", "evolution", "random", "LIMPQ", "ARQ estimate", "HAQ", "NIPQ"]
+FLOAT = ["base", "control"]  # no policy; the control is fine-tuned as all are
+
+
+def cell(method: str, sigma: float, budget: float, seed: int = 0, n: int = 1000) -> dict:
+    budget = 1.0 if method in FLOAT else budget
+    return {"method": method, "sigma": sigma, "budget": budget, "seed": seed, "n": n}
+
+
+CELLS = [cell(method, 0.25, 0.015) for method in FLOAT + METHODS]
+CELLS += [cell(method, 0.25, 0.008) for method in METHODS]
+FEW = ["ARQ", "uniform", "evolution", "LIMPQ"]
+CELLS += [cell(method, sigma, 0.015) for sigma in (1.0, 0.5) for method in FLOAT + FEW]
+CELLS += [cell(method, 0.25, 0.006) for method in FEW]
+CELLS += [cell(method, sigma, 0.008) for sigma in (0.5, 1.0) for method in FEW]
+CELLS += [cell(method, 0.25, 0.015, seed=1) for method in ("ARQ", "evolution", "random")]
+CELLS += [cell(method, s, 0.015, n=10_000) for s in (0.25, 0.5, 1.0) for method in (*FLOAT, "ARQ")]
+
+
+def name_of(c: dict) -> str:
+    place = f"sigma{c['sigma']:g}-budget{c['budget']:g}-{c['method'].replace(' ', '-')}-seed{c['seed']}"
+    return place if c["n"] == 1000 else f"{place}-n{c['n']}"
+
+
+class Frame:
+    """What the cells of one sigma, budget and seed share."""
+
+    def __init__(self, c: dict, data: str, checkpoints: Path):
+        checkpoint = checkpoints / f"resnet20_cifar10_sigma{c['sigma']:.2f}.pt"
+        budget = 0.5 if c["method"] in FLOAT else c["budget"]  # a float network has none
+        words = f"{FRAME} --sigma {c['sigma']} --budget {budget} --seed {c['seed']} --n {c['n']}"
+        reward = "estimate" if c["method"] == "ARQ estimate" else "irs"
+        files = ["--data", data, "--checkpoint", str(checkpoint), "--reward", reward]
+        self.config = config = arq.parse_config(words.split() + files)
+        images, self.test_images = arq.load_images(config, True), arq.load_images(config, False)
+        self.train_images, self.search_images = arq.hold_out(images, config.search_images)
+        self.base = arq.build_base(config, len(images.classes))
+        self.table = models.quantize_model(copy.deepcopy(self.base), config.image_size)
+        self.test_images = self.test_images.subset(arq.evenly_spaced(config.images, len(self.test_images)))
+
+    def stages(self, folder: Path, *names: str) -> arq.Stages:
+        """Resumable stages of a folder, resting on the frame's options; certificates have their own n."""
+        key = vars(self.config) | {"data": self.train_images.fingerprint(), "out": None, "n": None}
+        key["checkpoint"] = arq.digest(Path(self.config.checkpoint).read_bytes())
+        stages = arq.Stages(folder / "state.pt", dict.fromkeys(names, key))
+        stages.watch(self.base)
+        return stages
+
+    def cache(self) -> certify.ReplayCache:
+        """The base's certificates of the search images: once per sigma and seed."""
+        folder = WORK / f"base-sigma{self.config.sigma:g}-seed{self.config.seed}"
+        file = folder / "search_cache.pt"
+        if not file.exists():
+            stages = self.stages(folder, "certify the base, search images")
+            of = self.base, self.search_images, self.config, self.config.search_n, "search", file
+            stages.do("certify the base, search images", file, partial(arq.certify_images, *of))
+        return arq.read_cache(file)
+
+
+def choose(method: str, frame: Frame, log: Path, state, save) -> models.Policy:
+    """The method's policy. What it evaluated is in `log`."""
+    config, table, budget = frame.config, frame.table, frame.config.budget
+    of = frame.base, frame.train_images, frame.search_images, config
+    if method in AGENTS:
+        cache, environment = frame.cache(), arq.BitWidthEnvironment(table, budget)
+        evaluate, again = arq.policy_evaluator(*of), arq.policy_evaluator(*of, final=True)
+        if method == "HAQ":
+            x = frame.search_images.batch(range(len(frame.search_images)), config.device)
+            evaluate = rivals.accuracy_evaluator(evaluate, x, frame.search_images.labels, config)
+            again = rivals.accuracy_evaluator(again, x, frame.search_images.labels, config)
+        of = environment, evaluate, again, cache, config, log
+        arq.search_policies(*of, state, save, AGENTS[method])
+        policy = arq.best_policy([json.loads(line) for line in log.read_text().splitlines()])
+    elif method == "uniform":
+        policy = rivals.uniform(table, budget)
+    else:  # as many batches as the evaluations of a search train on
+        passes = 1 + len(rivals.WIDTHS) if method == "LIMPQ" else 1
+        steps = config.episodes * config.finetune_steps // passes
+        calibrate = partial(arq.calibrate, images=frame.search_images, config=config)
+        train = partial(arq.train, images=frame.train_images, config=config, steps=steps, lr=arq.FINETUNE_LR)
+        policy = {"LIMPQ": rivals.limpq, "NIPQ": rivals.nipq}[method](
+            copy.deepcopy(frame.base), table, budget, calibrate, train
+        )
+    return policy
+
+
+def finetune(frame: Frame, policy, state, save) -> bytes | dict:
+    """A network packed (or, a float one, its weights) after the fine-tuning that all methods share."""
+    config, classifier = frame.config, copy.deepcopy(frame.base)
+    table = models.quantize_model(classifier, config.image_size)
+    arq.calibrate(classifier, frame.search_images, config)
+    models.set_policy(classifier, policy)
+    if policy[table[0].name] != [models.FLOAT_BITS] * 2:
+        of = classifier, frame.base, table, frame.train_images, config
+        return arq.finetune_best(*of, state, save)
+    steps = int(config.finetune_epochs * (len(frame.train_images) // config.batch_size))
+    of = classifier, frame.train_images, config, steps, arq.FINETUNE_LR, "fine-tune"
+    loss = partial(arq.noise_augmentation, teacher=frame.base, share=config.distill)
+    arq.train(*of, state=state, save=save, loss=loss)
+    return classifier.state_dict()
+
+
+def run(c: dict, data: str, checkpoints: Path) -> None:
+    """A cell, from the bits to the JSON."""
+    name, method = name_of(c), c["method"]
+    print(f"{name} ...", flush=True)
+    frame, work, rows_file = Frame(c, data, checkpoints), WORK / name_of(c | {"n": 1000}), OUT / f"{name}.tsv"
+    config, float_policy = (
+        frame.config,
+        models.uniform_policy(frame.table, models.FLOAT_BITS, models.FLOAT_BITS),
+    )
+    certificates = {n: f"certify, n = {n}" for n in (1000, 10_000, config.n)}
+    stages = frame.stages(work, "choose", "fine-tune", *certificates.values())
+    network, policy, file = frame.base, float_policy, Path(config.checkpoint)
+    if method not in FLOAT:
+        log = work / "search.jsonl"
+        stages.do("choose", work / "policy.json", partial(choose, method, frame, log))
+        policy = json.loads((work / "policy.json").read_text())
+    if method != "base":
+        file = work / ("control.pt" if method == "control" else "model.arq")
+        stages.do("fine-tune", file, partial(finetune, frame, policy))
+        if method == "control":
+            network = copy.deepcopy(frame.base)
+            models.quantize_model(network, config.image_size)
+            network.load_state_dict(arq.read_state(file))
+            network.eval()
+        else:
+            network = stages.watch(arq.integers(models.load_model(file)[0], config))
+    purpose = "base certificate" if method == "base" else "certificate"
+    of = network, frame.test_images, config, config.n, purpose, rows_file
+    stages.do(certificates[config.n], rows_file, partial(arq.certify_images, *of))
+    rows = certify.read_certificates(rows_file)
+    results = c | arq.summarize(rows, network, frame.table, policy, config, file)
+    results["accuracy_without_noise"] = clean_accuracy(network, frame)
+    base_file = OUT / f"{name_of(c | {'method': 'base', 'budget': 1.0, 'seed': 0})}.tsv"
+    base_rows = certify.read_certificates(base_file)
+    results["base"] = {"acr": certify.average_certified_radius(base_rows)}
+    for radius in (0.0, 0.25, 0.5, 0.75):
+        results["base"][f"certified accuracy at {radius}"] = certify.certified_accuracy(base_rows, radius)
+    mean, error = certify.acr_difference(rows, base_rows)
+    interval = [mean - 1.96 * error, mean + 1.96 * error]
+    results["acr_difference"] = {"mean": mean, "standard_error": error, "interval_95": interval}
+    log = work / "search.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    results |= {"policy": policy, "evaluations": len(records)}
+    results["search_acr"] = [r["acr"] for r in records if not r.get("finalist")]
+    results["finalist_acr"] = [r["acr"] for r in records if r.get("finalist")]
+    results["stages"] = {
+        stage: {key: record[key] for key in ("seconds", "forward_passes")}
+        for stage, record in stages.records.items()
+    }
+    results["processor"] = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    if method == "ARQ" and c["budget"] == 0.015 and c["seed"] == 0:
+        arq.write_whole(OUT / f"{name}.arq", file.read_bytes())
+    arq.write_whole(OUT / f"{name}.json", results)
+
+
+@torch.inference_mode()
+def clean_accuracy(network, frame: Frame) -> float:
+    """Share of the test images that the network itself, without noise, gets right: as the paper plots it."""
+    images, right = frame.test_images, 0
+    for part in torch.arange(len(images)).split(50):
+        x = images.batch(part.tolist(), frame.config.device)
+        right += (network(x).argmax(1).cpu() == torch.tensor([images.labels[i] for i in part])).sum().item()
+    return right / len(images)
+
+
+def table_of(results: list[dict]) -> str:
+    """Rows by sigma and budget, best ACR first."""
+    titles = (
+        f"{'method':<14}{'seed':>5}{'BitOPs':>9}{'bytes':>10}{'ACR':>9}{'less base':>11}{'95 % interval':>20}"
+    )
+    lines = [titles + f"{'accuracy':>10}{'no noise':>10}{'minutes':>9}"]
+    groups = sorted({(r["sigma"], r["n"], r["budget"]) for r in results}, key=lambda g: (g[0], g[1], -g[2]))
+    for sigma, n, budget in groups:
+        lines.append(f"sigma {sigma:g}, budget {budget:g}, n = {n:,}")
+        of = [r for r in results if (r["sigma"], r["n"], r["budget"]) == (sigma, n, budget)]
+        for r in sorted(of, key=lambda r: -r["acr"]):
+            d, minutes = r["acr_difference"], sum(s["seconds"] for s in r["stages"].values()) / 60
+            low, high = d["interval_95"]
+            text = f"{r['method']:<14}{r['seed']:>5}{100 * r['bitops_ratio']:>7.3f} %{r['size_bytes']:>10,}"
+            text += f"{arq.shown(r['acr']):>9}{d['mean']:>+11.4f}{f'{low:+.4f} {high:+.4f}':>20}"
+            text += f"{100 * r['accuracy']:>8.1f} %{100 * r['accuracy_without_noise']:>8.1f} %{minutes:>9.1f}"
+            lines.append(text)
+    return "\n".join(lines)
+
+
+def finished() -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted(OUT.glob("*.json"))]
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", default="data")
+    parser.add_argument("--checkpoints", type=Path, default=Path("."))
+    parser.add_argument("--cells", nargs="*", default=[""])
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args(argv)
+    for c in [] if options.table else CELLS:
+        wanted = any(name_of(c).startswith(start) for start in options.cells)
+        if wanted and not (OUT / f"{name_of(c)}.json").exists():
+            run(c, options.data, options.checkpoints)
+    print(table_of(finished()))
+
+
+if __name__ == "__main__":
+    main()

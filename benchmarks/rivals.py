@@ -1,0 +1,226 @@
+"""Other ways to choose the bits, with the quantizer, the costs and the training of this repository.
+
+    uniform(table, budget)                         equal bit-widths, the rest of the budget in order
+    RandomAgent, EvolutionAgent                    act and learn in arq.search in place of ddpg.DDPG
+    accuracy_evaluator(evaluate, images)           HAQ: the same agent rewarded by clean accuracy
+    nipq(classifier, ...), limpq(classifier, ...)  bits by gradient; bits by an integer program
+
+All of them keep 8 bits in the first and the last layer, and meet the BitOPs budget. `compare.py` runs them.
+"""
+
+import copy
+import math
+import sys
+from pathlib import Path
+
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import arq  # noqa: E402
+import models  # noqa: E402
+from ddpg import DDPG  # noqa: E402
+
+WIDTHS = range(models.MIN_BITS, models.MAX_BITS + 1)
+
+
+# ---- no search ----
+def fill(table, policy, budget: float) -> models.Policy:
+    """In rounds, one bit more for each operand where it fits, from the first layer on, weights first."""
+    before = None
+    while policy != before:
+        before = policy
+        for layer in table[1:-1]:
+            for kind in (0, 1):
+                wider = copy.deepcopy(policy)
+                wider[layer.name][kind] += 1
+                possible = wider[layer.name][kind] <= models.MAX_BITS
+                if possible and models.bitops_ratio(table, wider) <= budget:
+                    policy = wider
+    return policy
+
+
+def uniform(table, budget: float) -> models.Policy:
+    """The widest equal bit-width within the budget, then what `fill` adds."""
+    policies = [models.uniform_policy(table, bits) for bits in WIDTHS]
+    widest = [policy for policy in policies if models.bitops_ratio(table, policy) <= budget][-1]
+    return fill(table, widest, budget)
+
+
+# ---- agents for arq.search ----
+class RandomAgent(DDPG):
+    """Uniformly random actions, nothing learned."""
+
+    def act(self, state):
+        return float(torch.rand((), generator=self.generator))
+
+    def learn(self, states, actions, reward):
+        self.episode += 1
+
+
+class EvolutionAgent(DDPG):
+    """Evolution as in single-path one-shot search (Guo et al., 2020, Algorithm 1), one child at a time: after
+    as many random policies as the agent has, half of the children mix two of the ten best, half change a
+    tenth of one's actions at random."""
+
+    parents, mutation = 10, 0.1
+
+    def learn(self, states, actions, reward):
+        self.replay.append((actions, reward))
+        self.episode += 1
+
+    def act(self, state):
+        if self.episode < self.config.warmup_episodes:
+            return float(torch.rand((), generator=self.generator))
+        if not getattr(self, "child", []):
+            self.child = self.offspring()
+        return self.child.pop(0)
+
+    def offspring(self) -> list[float]:
+        """The actions of a new policy."""
+        best = sorted(self.replay, key=lambda one: one[1], reverse=True)[: self.parents]
+        first, second = torch.randint(len(best), (2,), generator=self.generator).tolist()
+        mother, father = best[first][0].flatten(), best[second][0].flatten()
+        cross, mutate, fresh = torch.rand(3, len(mother), generator=self.generator)
+        if torch.rand((), generator=self.generator) < 0.5:
+            return torch.where(cross < 0.5, mother, father).tolist()
+        return torch.where(mutate < self.mutation, fresh, mother).tolist()
+
+
+def accuracy_evaluator(evaluate: arq.PolicyEvaluator, images: Tensor, labels, config) -> arq.PolicyEvaluator:
+    """HAQ (Wang et al., 2019, equation 5): the reward is the accuracy on images without noise."""
+
+    @torch.inference_mode()
+    def right(quantized: nn.Module, cache) -> list[float]:
+        network, found = arq.integers(quantized, config), []
+        for x, y in zip(images.split(config.eval_batch), torch.as_tensor(labels).split(config.eval_batch)):
+            found += (network(x).argmax(1).cpu() == y).double().tolist()
+        return found
+
+    return arq.PolicyEvaluator(evaluate.classifier, evaluate.finetune, right)
+
+
+# ---- NIPQ ----
+class PseudoNoise(models.LSQ):
+    """NIPQ's operand (Park et al., CVPR 2023, and its code): clipped to a learned range alpha, plus uniform
+    noise of one step, alpha / q_max(b), in place of rounding. b = 2 + 6 sigmoid(theta), with jitter and
+    straight-through rounding, learns by gradient. At first b is 5."""
+
+    def __init__(self, channels: int | None = None):
+        super().__init__(channels)
+        self.theta = nn.Parameter(torch.zeros(()))
+        self.fixed = None  # the bit-width of first and last layer
+
+    def width(self, jitter: float = 0.0) -> Tensor:
+        if self.fixed:
+            return torch.tensor(float(self.fixed))
+        span = models.MAX_BITS - models.MIN_BITS
+        b = models.MIN_BITS + span * self.theta.sigmoid()
+        return b + ((b + jitter).round().clamp(models.MIN_BITS, models.MAX_BITS) - b).detach()
+
+    def forward(self, v: Tensor) -> Tensor:
+        if self.bits == models.FLOAT_BITS:
+            return v
+        alpha = self.step_for(v) * self.q_max
+        levels = 2 ** (self.width(float(torch.rand(())) - 0.5) - float(self.signed)) - 1
+        low = -alpha if self.signed else torch.zeros_like(alpha)
+        clipped = torch.minimum(torch.maximum(v.float(), low), alpha)
+        noise = torch.rand_like(v, dtype=torch.float32).sub_(0.5).mul_((v > low) & (v < alpha))
+        return clipped + noise * (alpha / levels)
+
+
+def nipq(classifier, table, budget: float, calibrate, train, weight: float = 1.0) -> models.Policy:
+    """Learn the bits with the network: cross-entropy + weight * smooth_l1(BitOPs / budget, 1), then round,
+    force under the budget, and fill. calibrate(classifier); train(classifier, loss)."""
+    classifier = copy.deepcopy(classifier)
+    models.quantize_model(classifier, table[0].map_size, PseudoNoise)
+    calibrate(classifier)
+    models.set_policy(classifier, models.uniform_policy(table, 5))
+    layers = models.quant_layers(classifier)
+    for name in (table[0].name, table[-1].name):
+        for quantizer in (layers[name].weight_quantizer, layers[name].input_quantizer):
+            quantizer.fixed = models.FIRST_LAST_BITS
+    total = sum(layer.macs for layer in table) * models.FLOAT_BITS**2
+
+    def widths(name: str) -> tuple[Tensor, Tensor]:
+        return layers[name].weight_quantizer.width(), layers[name].input_quantizer.width()
+
+    def loss(network, x, noise, labels):
+        costs = [layer.macs * torch.stack(widths(layer.name)).prod() for layer in table]
+        ratio = torch.stack(costs).sum() / total / budget
+        penalty = weight * F.smooth_l1_loss(ratio, torch.ones(()))
+        return arq.noise_augmentation(network, x, noise, labels) + penalty
+
+    train(classifier, loss=loss)
+    policy = {layer.name: [round(width.item()) for width in widths(layer.name)] for layer in table}
+    return fill(table, models.enforce_budget(table, policy, budget), budget)
+
+
+# ---- LIMPQ ----
+class WidthSteps(models.LSQ):
+    """LIMPQ's operand (Tang et al., ECCV 2022): a learned step size for every bit-width."""
+
+    def __init__(self, channels: int | None = None):
+        super().__init__(channels)
+        self.steps = nn.Parameter(self.initial_steps.clone())
+
+    def set_bits(self, bits: int) -> None:
+        super().set_bits(bits)
+        if not self.steps.any():
+            self.steps.data.copy_(self.initial_steps)
+
+    def step_for(self, v: Tensor) -> Tensor:
+        self.steps.data.clamp_(min=1e-6)
+        step = self.steps[self.bits]
+        return step.view(-1, *[1] * (v.ndim - 1)) if self.is_weight else step
+
+
+def limpq(classifier, table, budget: float, calibrate, train, seed: int = 0) -> models.Policy:
+    """The learned step sizes are the layers' importance; `assign` picks the widths under the budget.
+    Jointly trained: every batch passes once for each width in all layers, and once with random widths."""
+    classifier = copy.deepcopy(classifier)
+    models.quantize_model(classifier, table[0].map_size, WidthSteps)
+    calibrate(classifier)
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(network, x, noise, labels):
+        drawn = torch.randint(models.MIN_BITS, models.MAX_BITS + 1, (len(table), 2), generator=generator)
+        mixed = {layer.name: bits for layer, bits in zip(table, drawn.tolist())}
+        losses = 0.0
+        for policy in [mixed] + [models.uniform_policy(table, bits) for bits in WIDTHS]:
+            models.set_policy(network, policy)
+            losses = losses + arq.noise_augmentation(network, x, noise, labels)
+        return losses
+
+    train(classifier, loss=loss)
+    layers = models.quant_layers(classifier)
+    importance = []
+    for layer in table[1:-1]:
+        operands = layers[layer.name].weight_quantizer, layers[layer.name].input_quantizer
+        importance.append(
+            [operand.steps.detach().view(models.MAX_BITS + 1, -1).mean(1) for operand in operands]
+        )
+    return assign(table, budget, importance)
+
+
+def assign(table, budget: float, importance, balance: float = 2.0) -> models.Policy:
+    """The integer program: one pair of widths per layer, minimising the sum of s_a[b_a] + balance * s_w[b_w]
+    under the budget. importance: (s_w, s_a) of each inner layer, by bit-width. balance: its code's."""
+    pairs = [(w, a) for w in WIDTHS for a in WIDTHS]
+    inner, policy = table[1:-1], models.uniform_policy(table, models.MIN_BITS)
+    costs = torch.tensor([[s_a[a] + balance * s_w[w] for w, a in pairs] for s_w, s_a in importance])
+    bitops = torch.tensor([[layer.macs * w * a for w, a in pairs] for layer in inner], dtype=torch.float64)
+    ends = sum(layer.macs * models.FIRST_LAST_BITS**2 for layer in (table[0], table[-1]))
+    total = budget * sum(layer.macs for layer in table) * models.FLOAT_BITS**2
+    choices = torch.eye(len(inner)).repeat_interleave(len(pairs), 1)
+    one_each = LinearConstraint(choices.numpy(), 1, 1)
+    # Divided by the budget: the solver's tolerance is absolute. The last millionth stays unused.
+    shares = (bitops / total).view(1, -1)
+    within = LinearConstraint(shares.numpy(), -math.inf, 1 - ends / total - 1e-6)
+    of = {"integrality": 1, "bounds": Bounds(0, 1), "constraints": [one_each, within]}
+    found = torch.from_numpy(milp(costs.flatten().numpy(), **of).x)
+    for layer, choice in zip(inner, found.view(len(inner), -1).argmax(1).tolist()):
+        policy[layer.name] = list(pairs[choice])
+    return policy
