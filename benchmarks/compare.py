@@ -163,30 +163,48 @@ def run(c: dict, data: str, checkpoints: Path) -> None:
     purpose = "base certificate" if method == "base" else "certificate"
     of = network, frame.test_images, config, config.n, purpose, rows_file
     stages.do(certificates[config.n], rows_file, partial(arq.certify_images, *of))
-    rows = certify.read_certificates(rows_file)
-    results = c | arq.summarize(rows, network, frame.table, policy, config, file)
-    results["accuracy_without_noise"] = clean_accuracy(network, frame)
-    base_file = OUT / f"{name_of(c | {'method': 'base', 'budget': 1.0, 'seed': 0})}.tsv"
-    base_rows = certify.read_certificates(base_file)
-    results["base"] = {"acr": certify.average_certified_radius(base_rows)}
-    for radius in (0.0, 0.25, 0.5, 0.75):
-        results["base"][f"certified accuracy at {radius}"] = certify.certified_accuracy(base_rows, radius)
-    mean, error = certify.acr_difference(rows, base_rows)
-    interval = [mean - 1.96 * error, mean + 1.96 * error]
-    results["acr_difference"] = {"mean": mean, "standard_error": error, "interval_95": interval}
-    log = work / "search.jsonl"
-    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-    results |= {"policy": policy, "evaluations": len(records)}
-    results["search_acr"] = [r["acr"] for r in records if not r.get("finalist")]
-    results["finalist_acr"] = [r["acr"] for r in records if r.get("finalist")]
-    results["stages"] = {
-        stage: {key: record[key] for key in ("seconds", "forward_passes")}
-        for stage, record in stages.records.items()
-    }
-    results["processor"] = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    results = c | {"policy": policy}
+    results |= arq.summarize(certify.read_certificates(rows_file), network, frame.table, policy, config, file)
+    results |= {"accuracy_without_noise": clean_accuracy(network, frame)}
+    results |= against_base(
+        rows_file, OUT / f"{name_of(c | {'method': 'base', 'budget': 1.0, 'seed': 0})}.tsv"
+    )
+    results |= costs(method, config, work / "search.jsonl", stages)
     if method == "ARQ" and c["budget"] == 0.015 and c["seed"] == 0:
         arq.write_whole(OUT / f"{name}.arq", file.read_bytes())
     arq.write_whole(OUT / f"{name}.json", results)
+
+
+def against_base(rows_file: Path, base_file: Path) -> dict:
+    """The base's figures on the same images, and paired differences with 95 % intervals over images."""
+    rows, base_rows = certify.read_certificates(rows_file), certify.read_certificates(base_file)
+    radii = (0.0, 0.25, 0.5, 0.75)
+    base = {"acr": certify.average_certified_radius(base_rows)}
+    base["certified_accuracy"] = {
+        str(radius): certify.certified_accuracy(base_rows, radius) for radius in radii
+    }
+    found = {"base": base}
+    counts = [[row._replace(radius=1.0) for row in some] for some in (rows, base_rows)]  # of right answers
+    for name, pair in (("acr_difference", (rows, base_rows)), ("accuracy_difference", counts)):
+        mean, error = certify.acr_difference(*pair)
+        interval = [mean - 1.96 * error, mean + 1.96 * error]
+        found[name] = {"mean": mean, "standard_error": error, "interval_95": interval}
+    return found
+
+
+def costs(method: str, config, log: Path, stages: arq.Stages) -> dict:
+    """What a cell took: evaluations, images trained on, passes (training and teacher included), seconds."""
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    finalists = [record["acr"] for record in records if record.get("finalist")]
+    found = {"search_acr": [r["acr"] for r in records if not r.get("finalist")], "finalist_acr": finalists}
+    steps = config.finetune_steps * (len(records) + len(finalists))
+    if method in ("NIPQ", "LIMPQ"):
+        steps = config.episodes * config.finetune_steps
+    found |= {"evaluations": len(records), "training_images_of_the_choice": steps * config.batch_size}
+    kept = {name: record for name, record in stages.records.items() if record["finished"]}
+    found["stages"] = {name: {k: r[k] for k in ("seconds", "forward_passes")} for name, r in kept.items()}
+    processor = platform.processor() or platform.machine()
+    return found | {"processor": f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}"}
 
 
 @torch.inference_mode()
@@ -199,24 +217,38 @@ def clean_accuracy(network, frame: Frame) -> float:
     return right / len(images)
 
 
+TITLES = (
+    "method | seed | BitOPs, % | bytes | ACR | less base's | accuracy, % | less base's | clean, % | minutes"
+)
+
+
 def table_of(results: list[dict]) -> str:
-    """Rows by sigma and budget, best ACR first."""
-    titles = (
-        f"{'method':<14}{'seed':>5}{'BitOPs':>9}{'bytes':>10}{'ACR':>9}{'less base':>11}{'95 % interval':>20}"
-    )
-    lines = [titles + f"{'accuracy':>10}{'no noise':>10}{'minutes':>9}"]
+    """Markdown: a table per sigma and budget, best ACR first; differences have paired 95 % intervals."""
+    lines = []
     groups = sorted({(r["sigma"], r["n"], r["budget"]) for r in results}, key=lambda g: (g[0], g[1], -g[2]))
     for sigma, n, budget in groups:
-        lines.append(f"sigma {sigma:g}, budget {budget:g}, n = {n:,}")
+        place = "float networks" if budget == 1 else f"budget {100 * budget:g} %"
+        lines += ["", f"sigma {sigma:g}, {place}, n = {n:,}:", "", f"| {TITLES} |", "|---" * 10 + "|"]
         of = [r for r in results if (r["sigma"], r["n"], r["budget"]) == (sigma, n, budget)]
-        for r in sorted(of, key=lambda r: -r["acr"]):
-            d, minutes = r["acr_difference"], sum(s["seconds"] for s in r["stages"].values()) / 60
-            low, high = d["interval_95"]
-            text = f"{r['method']:<14}{r['seed']:>5}{100 * r['bitops_ratio']:>7.3f} %{r['size_bytes']:>10,}"
-            text += f"{arq.shown(r['acr']):>9}{d['mean']:>+11.4f}{f'{low:+.4f} {high:+.4f}':>20}"
-            text += f"{100 * r['accuracy']:>8.1f} %{100 * r['accuracy_without_noise']:>8.1f} %{minutes:>9.1f}"
-            lines.append(text)
-    return "\n".join(lines)
+        lines += [row_of(r) for r in sorted(of, key=lambda r: -r["acr"])]
+    return "\n".join(lines[1:])
+
+
+def row_of(r: dict) -> str:
+    cells = [
+        r["method"],
+        r["seed"],
+        f"{100 * r['bitops_ratio']:.3f}",
+        f"{r['size_bytes']:,}",
+        arq.shown(r["acr"]),
+    ]
+    d, a = r["acr_difference"], r["accuracy_difference"]
+    of_acr = "{:+.4f} ({:+.4f} to {:+.4f})".format(d["mean"], *d["interval_95"])
+    values = [100 * value for value in (a["mean"], *a["interval_95"])]
+    of_accuracy = "{:+.1f} ({:+.1f} to {:+.1f})".format(*values)
+    minutes = sum(stage["seconds"] for stage in r["stages"].values()) / 60
+    cells += [of_acr, f"{100 * r['accuracy']:.1f}", of_accuracy, f"{100 * r['accuracy_without_noise']:.1f}"]
+    return f"| {' | '.join(map(str, cells))} | {minutes:.0f} |"
 
 
 def finished() -> list[dict]:
