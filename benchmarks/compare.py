@@ -9,7 +9,9 @@ results/compare/; the command goes on where it stopped, in the order of CELLS, a
 """
 
 import argparse
+import contextlib
 import copy
+import ctypes
 import json
 import os
 import platform
@@ -262,6 +264,9 @@ def main(argv=None) -> None:
     parser.add_argument("--cells", nargs="*", default=[""])
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args(argv)
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # as in arq.main
+        ctypes.CDLL(None).mallopt(-3, 2**30)
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     for c in [] if options.table else CELLS:
         wanted = any(name_of(c).startswith(start) for start in options.cells)
         if wanted and not (OUT / f"{name_of(c)}.json").exists():

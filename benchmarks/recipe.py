@@ -13,7 +13,9 @@ the divergence of two noisy copies from their mean, on half as many images (Jeon
 """
 
 import argparse
+import contextlib
 import copy
+import ctypes
 import json
 import sys
 import time
@@ -120,6 +122,9 @@ def main(argv=None) -> None:
     parser.add_argument("--trials", type=Path, help="a file with a JSON object a line")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "recipe.jsonl")
     options = parser.parse_args(argv)
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # as in arq.main
+        ctypes.CDLL(None).mallopt(-3, 2**30)
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     config = arq.parse_config([*FRAME.split(), "--data", options.data, "--checkpoint", options.checkpoint])
     images, test = arq.load_images(config, True), arq.load_images(config, False)
     train_images, search_images = arq.hold_out(images, config.search_images)

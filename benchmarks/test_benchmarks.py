@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import json
 import math
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import arq
 import certify
 import models
-from benchmarks import compare, incremental, rivals
+from benchmarks import compare, incremental, recipe, rivals
 from certify import ABSTAIN, Smooth
 from ddpg import DDPGConfig
 
@@ -459,12 +460,44 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
     assert "..." not in printed and all(method in printed for method in found)
 
 
+def test_what_is_written_of_the_comparison_is_what_its_cells_hold():
+    """Each finished cell's figures are those of its certificates and its policy; results/README.md holds
+    every row of the table, README.md some of them, and neither holds another."""
+    table = models.quantize_model(models.build_classifier("resnet20", 10).eval(), 32)
+    cells = compare.finished()
+    for cell in cells:
+        file = compare.OUT / f"{compare.name_of(cell)}.tsv"
+        rows = certify.read_certificates(file)
+        assert len(rows) == 500 and all(row.n == cell["n"] and row.sigma == cell["sigma"] for row in rows)
+        assert cell["acr"] == pytest.approx(certify.average_certified_radius(rows))
+        assert cell["accuracy"] == certify.certified_accuracy(rows, 0)
+        base = compare.name_of(cell | {"method": "base", "budget": 1.0, "seed": 0})
+        of_base = compare.against_base(file, compare.OUT / f"{base}.tsv")
+        assert all(cell[name] == value for name, value in of_base.items())
+        assert cell["bitops_ratio"] == models.bitops_ratio(table, cell["policy"]) <= cell["budget"]
+        packed = file.with_suffix(".arq")
+        if packed.exists():
+            assert models.load_model(packed)[2]["policy"] == cell["policy"]
+            assert arq.digest(packed.read_bytes()) == cell["network"]
+    rows = set(compare.table_of(cells).splitlines()) - {""}
+    texts = [(compare.ROOT / name).read_text().splitlines() for name in ("README.md", "results/README.md")]
+    assert rows <= set(texts[1])
+    written = [line for text in texts for line in text if line.count("|") == 11]
+    assert set(written) <= rows and set(texts[0]) & rows
+
+
+def test_what_is_written_of_the_recipe_is_what_its_trials_hold(capsys):
+    file = compare.ROOT / "results" / "recipe.jsonl"
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    recipe.show(found, found[0])
+    text = (compare.ROOT / "results" / "README.md").read_text()
+    assert all(line in text for line in capsys.readouterr().out.splitlines())
+
+
 # ---- the scripts ----
 
-SCRIPTS = (
-    "attack batchnorm certificates compare figures luck networks ranking resume scale search shapes speed"
-)
-SCRIPTS = SCRIPTS.split()
+SCRIPTS = "attack batchnorm certificates compare figures luck networks ranking".split()
+SCRIPTS += "recipe resume scale search shapes speed".split()
 
 
 def test_every_script_is_tried():
