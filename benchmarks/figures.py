@@ -90,7 +90,7 @@ def draw_tradeoff(cells: list[dict], cost, label: str):
         if pairs:
             axes[-1].plot(*zip(*pairs), **style_of(method))
     axes[-1].axhline(0, color="black", linestyle="--", linewidth=1)
-    axes[-1].set(title="all sigmas", xlabel=label, ylabel="clean accuracy less the base's, points")
+    axes[-1].set(title="all sigmas", xlabel=label, ylabel="clean accuracy, points over base")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     return figure
@@ -142,23 +142,21 @@ def draw_radii(cells: list[dict]):
 
 def draw_searches(cells: list[dict]):
     """The best ACR on search images so far, by evaluation; HAQ's reward is another."""
-    groups = sorted(
-        {(c["sigma"], c["budget"]) for c in cells if c["search_acr"]}, key=lambda g: (g[0], -g[1])
-    )
+    searched = [c for c in cells if c["method"] in ("ARQ", "evolution", "random")]
+    groups = sorted({(c["sigma"], c["budget"]) for c in searched}, key=lambda g: (g[0], -g[1]))
     if not groups:
         return None
-    figure, axes = plt.subplots(
-        1, len(groups), figsize=(4.2 * len(groups), 3.2), layout="constrained", squeeze=False
-    )
-    for (sigma, budget), panel in zip(groups, axes[0]):
+    columns = min(3, len(groups))
+    rows = -(-len(groups) // columns)
+    size = (4.2 * columns, 3 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
+    for panel in axes.flat[len(groups) :]:
+        panel.axis("off")
+    for (sigma, budget), panel in zip(groups, axes.flat):
         for method in ("ARQ", "evolution", "random"):
             some = [c for c in of(cells, method, sigma) if c["budget"] == budget]
             for number, cell in enumerate(some):
-                best = (
-                    torch.tensor(cell["search_acr"][: cell["evaluations"] - cell["finalists"]])
-                    .cummax(0)
-                    .values
-                )
+                best = torch.tensor(cell["search_acr"]).cummax(0).values
                 style = {**style_of(method), "marker": ""}
                 panel.plot(range(1, len(best) + 1), best, label=None if number else method, **style)
         panel.set(title=f"sigma = {sigma:g}, budget {100 * budget:g} %", xlabel="evaluation")
