@@ -40,7 +40,9 @@ def trial(policy, loss="labels", epochs=4, lr=arq.FINETUNE_LR, float32=False, se
     return dict(zip(names, (policy, loss, epochs, lr, float32, seed)))
 
 
-TRIALS = [trial("float", epochs=0)]
+TRIALS = [trial("float", epochs=0), trial(README, "same:1", 1), trial(README, "consistency:2", 1)]
+TRIALS += [trial(README, "other:1", 1), trial(README, "other:0.7")]
+TRIALS += [trial(README, float32=float32, seed=seed) for seed in (1, 2, 3) for float32 in (False, True)]
 
 
 def same_noise(network, x, noise, labels, teacher, share: float):
@@ -105,14 +107,24 @@ def run(trial: dict, base, train_images, search_images, development, config) -> 
     return trial | found | {"radii": [row.radius * row.correct for row in rows]}
 
 
-def show(found: list[dict], base: dict) -> None:
+def gain(row: dict, other: dict) -> str:
+    difference = torch.tensor(row["radii"]).double() - torch.tensor(other["radii"])
+    return f"{float(difference.mean()):+.4f} +- {float(difference.std()) / len(difference) ** 0.5:.4f}"
+
+
+def show(found: list[dict]) -> None:
+    """ACR, less the base's, accuracy; then bfloat16 less float32 where all else is equal."""
     for r in found:
-        gain = torch.tensor(r["radii"]) - torch.tensor(base["radii"])
-        error = float(gain.std()) / len(gain) ** 0.5
         kind = f"{Path(r['policy']).parent.name or r['policy']}, {r['loss']}, {r['epochs']:g} epochs"
         kind += f", lr {r['lr']:g}" + (", float32" if r["float32"] else "") + f", seed {r['seed']}"
-        values = f"ACR {r['acr']:.4f}, {float(gain.mean()):+.4f} +- {error:.4f}"
-        print(f"{kind:<84} {values}, accuracy {100 * r['accuracy']:.1f} %", flush=True)
+        print(f"{kind:<74} ACR {r['acr']:.4f}, {gain(r, found[0])}, accuracy {100 * r['accuracy']:.1f} %")
+    names = "policy loss epochs lr seed".split()
+    pairs = [(r, s) for r in found for s in found if s["float32"] and not r["float32"]]
+    for r, s in pairs:
+        if all(r[name] == s[name] for name in names):
+            print(
+                f"bfloat16 less float32, {r['loss']}, {r['epochs']:g} epochs, seed {r['seed']}: {gain(r, s)}"
+            )
 
 
 def main(argv=None) -> None:
@@ -139,9 +151,8 @@ def main(argv=None) -> None:
             found.append(run(one, base, train_images, search_images, development, config))
             lines = (json.dumps(row, allow_nan=False) + "\n" for row in found)
             arq.write_whole(options.out, "".join(lines).encode())
-            show(found[-1:], found[0])
-    print()
-    show(found, found[0])
+            print(f"{len(found)} trials", flush=True)
+    show(found)
 
 
 if __name__ == "__main__":

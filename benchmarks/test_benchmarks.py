@@ -489,7 +489,7 @@ def test_what_is_written_of_the_comparison_is_what_its_cells_hold():
 def test_what_is_written_of_the_recipe_is_what_its_trials_hold(capsys):
     file = compare.ROOT / "results" / "recipe.jsonl"
     found = [json.loads(line) for line in file.read_text().splitlines()]
-    recipe.show(found, found[0])
+    recipe.show(found)
     text = (compare.ROOT / "results" / "README.md").read_text()
     assert all(line in text for line in capsys.readouterr().out.splitlines())
 
