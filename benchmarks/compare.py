@@ -255,6 +255,23 @@ def row_of(r: dict) -> str:
     return f"| {' | '.join(map(str, cells))} | {minutes:.0f} |"
 
 
+def costs_of(results: list[dict]) -> str:
+    """Markdown: what choosing the bits took; passes are images through a network, those of training included."""
+    titles = "method | cell | evaluations | training images | passes, millions | minutes"
+    lines = [f"| {titles} |", "|---" * 6 + "|"]
+    for r in results:
+        if r["method"] not in FLOAT and r["n"] == 1000:
+            choice = r["stages"]["choose"]
+            cells = [
+                r["method"],
+                f"sigma {r['sigma']:g}, {100 * r['budget']:g} %, seed {r['seed']}",
+                r["evaluations"],
+            ]
+            cells += [f"{r['training_images_of_the_choice']:,}", f"{choice['forward_passes'] / 1e6:.2f}"]
+            lines.append(f"| {' | '.join(map(str, cells))} | {choice['seconds'] / 60:.1f} |")
+    return "\n".join(lines)
+
+
 def finished() -> list[dict]:
     return [json.loads(file.read_text()) for file in sorted(OUT.glob("*.json"))]
 
@@ -273,7 +290,7 @@ def main(argv=None) -> None:
         wanted = any(name_of(c).startswith(start) for start in options.cells)
         if wanted and not (OUT / f"{name_of(c)}.json").exists():
             run(c, options.data, options.checkpoints)
-    print(table_of(finished()))
+    print(table_of(finished()), costs_of(finished()), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ sampling (noise included), of float as published code runs it (BatchNorm unfolde
 (folded, channels_last), fake-quantized as usual (scale, round, clip and back, at every call), and ours on
 each backend. Training: steps of float and quantized networks, in float32 and, where the processor has
 instructions for it, in bfloat16. 4 bits, first and last layer 8; weights are random, which changes no time.
-Writes speed.json and speed.txt under --out (results/); the last line is JSON. ONEDNN_MAX_CPU_ISA=AVX2 in front
-makes the processor one without VNNI, whose bfloat16 is emulated (nine minutes, with --quick).
+Writes speed.json and speed.txt under --out (results/); the last line is JSON. ONEDNN_MAX_CPU_ISA=AVX2
+before it makes the processor one without VNNI, whose bfloat16 is emulated (nine minutes, with --quick).
 """
 
 import argparse
