@@ -256,7 +256,7 @@ def row_of(r: dict) -> str:
 
 
 def costs_of(results: list[dict]) -> str:
-    """Markdown: what choosing the bits took; passes are images through a network, those of training included."""
+    """Markdown: what choosing the bits took; passes are images through a network, in training too."""
     titles = "method | cell | evaluations | training images | passes, millions | minutes"
     lines = [f"| {titles} |", "|---" * 6 + "|"]
     for r in results:
