@@ -141,13 +141,11 @@ def run(c: dict, data: str, checkpoints: Path) -> None:
     name, method = name_of(c), c["method"]
     print(f"{name} ...", flush=True)
     frame, work, rows_file = Frame(c, data, checkpoints), WORK / name_of(c | {"n": 1000}), OUT / f"{name}.tsv"
-    config, float_policy = (
-        frame.config,
-        models.uniform_policy(frame.table, models.FLOAT_BITS, models.FLOAT_BITS),
-    )
+    config = frame.config
     certificates = {n: f"certify, n = {n}" for n in (1000, 10_000, config.n)}
     stages = frame.stages(work, "choose", "fine-tune", *certificates.values())
-    network, policy, file = frame.base, float_policy, Path(config.checkpoint)
+    network, file = frame.base, Path(config.checkpoint)
+    policy = models.uniform_policy(frame.table, models.FLOAT_BITS, models.FLOAT_BITS)
     if method in AGENTS:
         frame.cache()  # is made here, where it counts for no method
     if method not in FLOAT:

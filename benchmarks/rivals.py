@@ -187,7 +187,8 @@ def limpq(classifier, table, budget: float, calibrate, train, seed: int = 0) -> 
 
     def loss(network, x, noise, labels):
         drawn = torch.randint(models.MIN_BITS, models.MAX_BITS + 1, (len(table), 2), generator=generator)
-        mixed = {layer.name: bits for layer, bits in zip(table, drawn.tolist())}
+        mixed = models.uniform_policy(table, models.MAX_BITS)
+        mixed |= {layer.name: bits for layer, bits in zip(table[1:-1], drawn.tolist())}
         losses = 0.0
         for policy in [mixed] + [models.uniform_policy(table, bits) for bits in WIDTHS]:
             models.set_policy(network, policy)
@@ -198,10 +199,8 @@ def limpq(classifier, table, budget: float, calibrate, train, seed: int = 0) -> 
     layers = models.quant_layers(classifier)
     importance = []
     for layer in table[1:-1]:
-        operands = layers[layer.name].weight_quantizer, layers[layer.name].input_quantizer
-        importance.append(
-            [operand.steps.detach().view(models.MAX_BITS + 1, -1).mean(1) for operand in operands]
-        )
+        both = layers[layer.name].weight_quantizer, layers[layer.name].input_quantizer
+        importance.append([one.steps.detach().view(models.MAX_BITS + 1, -1).mean(1) for one in both])
     return assign(table, budget, importance)
 
 
