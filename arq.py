@@ -325,6 +325,7 @@ def complete_config(config: Config) -> Config:
     for name in ("n", "search_n", "n_p"):
         n = getattr(config, name)
         refuse(n < needed, f"{flag(name)} {n} never certifies; give at least {needed}")
+    refuse(config.distill > 1, f"--distill is a share of 1, not {config.distill}")
     refuse(config.n_p > config.search_n, f"--n-p {config.n_p} exceeds --search-n {config.search_n}")
     if config.out is None:
         file = Path(config.evaluate or "").resolve()

@@ -2156,6 +2156,7 @@ def fails(arguments, capsys, *words, code=2) -> bool:
         (["--sigmas", "1"], ["--sigmas"]),
         (["--episode-steps", "1"], ["--episode-steps"]),
         (["--n-p", "600"], ["--n-p 600", "--search-n 500"]),
+        (["--distill", "1.5"], ["--distill", "1.5"]),
         (["--n-p", "5"], ["--n-p 5", "at least 10"]),
         (["--n-p", "9"], ["--n-p 9", "at least 10"]),
         (["--reward", "sharp"], ["sharp", "irs", "estimate"]),
@@ -2181,7 +2182,7 @@ def test_the_default_reward_is_the_published_one():
 
 SMALL = (
     "--epochs 2 --image-size 16 --episodes 4 --finetune-steps 1 --finetune-epochs 0.5 --images 6 --n 200 "
-    "--search-images 12 --search-n 100 --n-p 50 --n0 20 --finalists 2 --device cpu"
+    "--search-images 12 --search-n 100 --n-p 50 --n0 20 --finalists 2 --distill 0.5 --device cpu"
 ).split()
 
 
