@@ -64,6 +64,7 @@ def sigmas_of(cells: list[dict]) -> list[float]:
 def draw_tradeoff(cells: list[dict], cost, label: str):
     """ACR over cost, a panel for each sigma, and the difference in clean accuracy, mean of sigmas."""
     sigmas = sigmas_of(cells)
+    widest = 1.1 * max((cost(cell) for cell in cells if cell["budget"] < 1), default=1)
     figure, axes = plt.subplots(
         1, len(sigmas) + 1, figsize=(3.4 * len(sigmas) + 3.4, 3.6), layout="constrained"
     )
@@ -79,6 +80,7 @@ def draw_tradeoff(cells: list[dict], cost, label: str):
             if some:
                 panel.errorbar(x, y, error, label=method, capsize=2, elinewidth=0.7, **style_of(method))
         panel.set(title=f"sigma = {sigma:g}", xlabel=label, ylabel="ACR")
+        panel.set_xlim(0, widest)
     for method in STYLES:
         points = {}
         for cell in of(cells, method):
@@ -90,7 +92,12 @@ def draw_tradeoff(cells: list[dict], cost, label: str):
         if pairs:
             axes[-1].plot(*zip(*pairs), **style_of(method))
     axes[-1].axhline(0, color="black", linestyle="--", linewidth=1)
-    axes[-1].set(title="all sigmas", xlabel=label, ylabel="clean accuracy, points over base")
+    axes[-1].set_xlim(0, widest)
+    axes[-1].set(
+        title="mean of sigmas" if len(sigmas) > 1 else f"sigma = {sigmas[0]:g}",
+        xlabel=label,
+        ylabel="clean accuracy, points over base",
+    )
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     return figure
