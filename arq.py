@@ -255,7 +255,7 @@ class Config:  # every option; the command line is made from it
     finetune_steps: int = option("training steps of a policy in its episode", (8, 20, 20), "search", 0)
     finalists: int = option("best policies that are evaluated again, on other noise", 5, "search", 0)
     finetune_epochs: float = option("epochs of the best policy", (3.0, 30.0, 10.0), "fine-tune", 0)
-    distill: float = option("share of the base's answers in the targets then", 0.0, "fine-tune", 0)
+    distill: float = option("share of the base's softmax in fine-tuning's targets", 0.0, "fine-tune", 0)
     search_images: int = option("training images held out for it", (100, 500, 500), "base", WORLD)
     search_n: int = option("samples of the base per search image", (500, 10000, 10000), "cache", 1)
     n_p: int = option("samples of a policy per search image", (200, 1000, 1000), "search", 1)
