@@ -35,6 +35,7 @@ import torch
 from scipy.stats import beta, binomtest, norm
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # of any dimension
 
 ABSTAIN = -1
 CHUNK = 100  # noise is drawn this many samples at a time, whatever the batch size
@@ -168,10 +169,9 @@ class Smooth:
         predicted = torch.where(p_a > 0.5, selected, ABSTAIN)
         radius = certified_radius(p_a, self.sigma)
         seconds = str(timedelta(seconds=(time.monotonic() - start) / len(labels)))
-        correct = (predicted == labels).long()
-        found = {"predict": predicted, "radius": radius, "correct": correct}
-        votes = {"selected": selected, "n_a": n_a, "n_b": n_b, "n": sizes}
-        columns = {"idx": ids, "label": labels, **found, **votes}
+        columns = {"idx": ids, "label": labels, "predict": predicted, "radius": radius}
+        columns |= {"correct": (predicted == labels).long(), "selected": selected}
+        columns |= {"n_a": n_a, "n_b": n_b, "n": sizes}
         rows = _records(Certificate, columns, time=seconds, n0=n0, sigma=self.sigma, alpha=alpha)
         return ReplayCache(rows, predictions, key)
 
@@ -244,8 +244,7 @@ class Smooth:
     def _cached(self, cache: ReplayCache) -> tuple[Tensor, Tensor, list[int]]:
         """Selected classes (B,), whether they are the labels (B,), and the images' ids."""
         rows = cache.certificates
-        sigma = rows[0].sigma
-        refuse(sigma != self.sigma, f"the cache has sigma {sigma}, this classifier {self.sigma}")
+        refuse(rows[0].sigma != self.sigma, f"the cache has sigma {rows[0].sigma}, g has {self.sigma}")
         selected = torch.tensor([row.selected for row in rows])
         return selected, selected == torch.tensor([row.label for row in rows]), [row.idx for row in rows]
 
@@ -290,8 +289,10 @@ class Smooth:
     def _classify(self, noisy: Tensor) -> Tensor:
         """f's classes (B,) of a batch; whatever is no answer is refused."""
         if isinstance(self.classifier, nn.Module):
-            training = any(module.training for module in self.classifier.modules())
-            refuse(training, "the classifier is in training mode; call its eval() first")
+            for module in self.classifier.modules():
+                refuse(module.training, "the classifier is in training mode; call its eval() first")
+                by_batch = isinstance(module, BatchNorm) and module.running_mean is None
+                refuse(by_batch, "a BatchNorm without running statistics answers by batch, not by image")
             dtypes = (p.dtype for p in self.classifier.parameters() if p.is_floating_point())
             noisy = noisy.to(next(dtypes, noisy.dtype))
         logits = self.classifier(noisy)

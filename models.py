@@ -386,6 +386,7 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
     body, some = getattr(twin, "net", twin), next(twin.parameters())
     refuse(some.dtype != torch.float32, f"the network is in {some.dtype}; call its float() first")
     names = {module: name for name, module in body.named_modules()}
+    everything = [module for _, module in body.named_modules(remove_duplicate=False)]
     layers = [module for module in names if isinstance(module, LAYERS)]
     norms = [m for m in names if isinstance(m, NORMS) and m.affine and m.track_running_stats]
     calls, channels = [], getattr(layers[0], "in_channels", 3)
@@ -399,6 +400,7 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
         times = [module for module, *_ in calls].count(layer)
         runs = f"layer {names[layer]} runs {times} times in a pass, not once"
         refuse(times != 1, f"{runs} (if never: torchvision has aux_logits=False for that)")
+        refuse(everything.count(layer) > 1, f"layer {names[layer]} has a second name; register it once")
 
     table, producer, norm_of = [], {}, {}  # id of an output -> its layer -> its BatchNorm
     for module, x, out in calls:
@@ -584,8 +586,7 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
         weight = unpack_bits(data[:size], row.weights, w_bits).view(*layer.weight.shape[:2], row.kernel, -1)
         floats = torch.frombuffer(bytearray(data[size:]), dtype=torch.float32, count=count)
         of = weight, floats[0], *floats[1:].split(row.c_out), w_bits, a_bits, bool(signed)
-        integers = Integers(*of, layer.conv, layer.in_shape)
-        classifier.net.set_submodule(row.name, IntegerLayer(integers))
+        classifier.net.set_submodule(row.name, IntegerLayer(Integers(*of, layer.conv, layer.in_shape)))
         data = data[size + 4 * count :]
     rest = {key: torch.tensor(value) for key, value in saved.get("float", {}).items()}
     classifier.net.load_state_dict(rest, strict=False)
@@ -701,9 +702,6 @@ def fuse(network: nn.Module) -> nn.Module:
         found = modules.get(node.target) if node.op == "call_module" else None
         return found if isinstance(found, kind) else None
 
-    def int8(node) -> Int8Layer | None:
-        return module(node, Int8Layer)
-
     def only_user(node):
         return next(iter(node.users)) if len(node.users) == 1 else None
 
@@ -711,6 +709,7 @@ def fuse(network: nn.Module) -> nn.Module:
         old.replace_all_uses_with(new)
         graph.erase_node(old)
 
+    int8 = functools.partial(module, kind=Int8Layer)
     for node in list(graph.nodes):
         if type(module(node)) in (nn.Identity, nn.Dropout):  # nothing, in evaluation
             replace(node, node.args[0])

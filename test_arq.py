@@ -589,6 +589,7 @@ def test_wrong_images_labels_and_ids_are_refused(method):
     images, three = torch.rand(2, 3, 4, 4), constant(0.0, 0.0, 1.0)
     network = nn.Sequential(nn.Flatten(), nn.Linear(48, 3), nn.Dropout()).eval()
     network[2].train()  # a part of it
+    by_batch = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(48, track_running_stats=False)).eval()
     cases = [
         (three, 2, images, [0, 1], None, "2 classes, but .* 3 logits"),
         (three, 4, images, [0, 1], None, "4 classes, but .* 3 logits"),
@@ -599,6 +600,7 @@ def test_wrong_images_labels_and_ids_are_refused(method):
         (three, None, images, [0, 1], torch.tensor([4, 4]), "2 images need as many different ids"),
         (three, None, images, [0, 1], [4], "2 images need as many different ids"),
         (network, None, images, [0, 1], None, "training mode"),
+        (by_batch, None, images, [0, 1], None, "BatchNorm without running statistics"),
     ]
     if method != "predict":
         for labels in ([0], [0, 3], [-1, 0], [[0, 1]]):
@@ -1213,6 +1215,11 @@ def filled(layer, value):
     return layer
 
 
+def named_twice(network):
+    network.second = network.conv
+    return network
+
+
 REFUSED = {
     "ConvTranspose2d": lambda: With(nn.ConvTranspose2d(4, 4, 3)),
     "Conv1d": lambda: With(nn.Conv1d(4, 4, 3), lambda extra, x: extra(x.flatten(2))[..., None]),
@@ -1234,6 +1241,7 @@ REFUSED = {
     "pad with zeros": lambda: With(nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect")),
     "layer extra runs 2 times": lambda: With(nn.Conv2d(4, 4, 1), lambda extra, x: extra(extra(x))),
     "layer extra runs 0 times.*aux_logits": lambda: With(nn.Conv2d(4, 4, 1), lambda extra, x: x),
+    "layer conv has a second name": lambda: named_twice(With(nn.Identity())),
     "returns a tuple": lambda: With(nn.Identity(), lambda extra, x: (x, x)),
     "returns a dict": lambda: With(nn.Identity(), lambda extra, x: {"out": x}),
     "float64": lambda: With(nn.Identity()).double(),

@@ -206,7 +206,8 @@ def costs(method: str, config, log: Path, stages: arq.Stages) -> dict:
     kept = {name: record for name, record in stages.records.items() if record["finished"]}
     found["stages"] = {name: {k: r[k] for k in ("seconds", "forward_passes")} for name, r in kept.items()}
     processor = platform.processor() or platform.machine()
-    return found | {"processor": f"{processor}, {os.cpu_count()} cores, torch {torch.__version__}"}
+    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return found | {"processor": f"{processor}, {threads}, torch {torch.__version__}"}
 
 
 @torch.inference_mode()
