@@ -472,7 +472,7 @@ def open_run(config: Config, stages: dict[str, str], images: "ImageSet", test_im
     keys = {}
     for stage, needed in stages.items():
         names = [name for name in groups if set(groups[name]) & set(needed.split())]
-        keys[stage] = {name: values[name] for name in names} | {"program": 2}  # 1 trained and saved otherwise
+        keys[stage] = {name: values[name] for name in names} | {"program": 3}  # others trained otherwise
     out = Path(config.out)
     if out.exists() and not (out / "state.pt").exists():
         if not out.is_dir() or any(entry.suffix not in (".part", ".lock") for entry in out.iterdir()):

@@ -191,14 +191,14 @@ def quantize(v: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
 
 class FakeQuantize(torch.autograd.Function):
     """step * round(clip(v / step)) with LSQ's gradients (Esser et al., section 2.1).
-    For v: 1 inside the clip range, else 0. For the step: q - v/step inside and q outside, times
-    1 / sqrt(N Q), with N elements per step (of one sample, for an input) and Q = q_max."""
+    For v: 1 inside the clip range, else 0. For the step: q - v/step inside and q outside, over Q^2 sqrt(N),
+    with N elements per step (of one sample, for an input) and Q = q_max; LSQ has sqrt(N Q): departure 1."""
 
     @staticmethod
     def forward(ctx, v, step, q_min, q_max, elements):
         ctx.save_for_backward(v, step)
         ctx.range = q_min, q_max
-        ctx.gradient_scale = 1 / math.sqrt(elements * max(q_max, 1))
+        ctx.gradient_scale = 1 / (math.sqrt(elements) * q_max**2)
         return (v / step).round_().clamp_(q_min, q_max).mul_(step)
 
     @staticmethod

@@ -1299,13 +1299,14 @@ def test_gradients_are_the_plain_formula(q_min, q_max, shape, steps):
         models.FakeQuantize.apply(v, s, q_min, q_max, 40).backward(grad)
         inside = (scaled > q_min) & (scaled < q_max)
         q = scaled.round().clamp(q_min, q_max)
-        of_step = torch.where(inside, q - scaled, q) * grad / math.sqrt(40 * q_max)
+        of_step = torch.where(inside, q - scaled, q) * grad / (math.sqrt(40) * q_max**2)
         assert torch.equal(v.grad, torch.where(inside, grad, 0.0))
         assert torch.allclose(s.grad, of_step.sum_to_size(step.shape), rtol=1e-9, atol=1e-9)
 
 
 def test_learned_step_gradients():
-    """Straight through inside the clip range, zero outside; the step's gradient as in LSQ, equation 3."""
+    """Straight through inside the clip range, zero outside; the step's gradient as in LSQ, equation 3,
+    but for its scale."""
     v = torch.tensor([[-3.0, -0.26, 0.1, 0.6, 5.0]], requires_grad=True)
     step = torch.tensor(0.5, requires_grad=True)
     out = models.FakeQuantize.apply(v, step, -4, 3, 5)
@@ -1313,7 +1314,7 @@ def test_learned_step_gradients():
     out.sum().backward()
     assert v.grad.tolist() == [[0, 1, 1, 1, 0]]
     expected = -4 + (-1 + 0.52) + (0 - 0.2) + (1 - 1.2) + 3
-    assert float(step.grad) == pytest.approx(expected / math.sqrt(5 * 3), rel=1e-5)
+    assert float(step.grad) == pytest.approx(expected / (math.sqrt(5) * 9), rel=1e-5)
 
 
 def test_best_step_beats_its_neighbours_and_widths_change_at_any_time():
