@@ -1317,6 +1317,23 @@ def test_learned_step_gradients():
     assert float(step.grad) == pytest.approx(expected / (math.sqrt(5) * 9), rel=1e-5)
 
 
+def test_no_step_leaps_in_training():
+    """By LSQ's own gradient scale, steps of 8-bit layers grew a thousandfold here: channels of zeros."""
+    torch.manual_seed(0)
+    classifier, images = models.build_classifier("resnet8", 10), arq.draw_shapes(1000, 0, 16)
+    config = arq.parse_config(["--batch-size", "50"])
+    arq.train(classifier, images, config, 60, 0.1)
+    table = models.quantize_model(classifier, 16)
+    arq.calibrate(classifier, images, config)
+    models.set_policy(classifier, models.uniform_policy(table, 4))
+    arq.train(classifier, images, config, 20, arq.FINETUNE_LR)
+    for name, layer in models.quant_layers(classifier).items():
+        for quantizer in (layer.weight_quantizer, layer.input_quantizer):
+            moved = quantizer.step / quantizer.initial_steps[quantizer.bits]
+            assert 0.5 < moved.min() and moved.max() < 2, name
+        assert layer.freeze().weight.flatten(1).any(1).all(), name
+
+
 def test_best_step_beats_its_neighbours_and_widths_change_at_any_time():
     classifier, table = quantized(bits=4)
     layer = models.quant_layers(classifier)["layer2.1.conv1"]

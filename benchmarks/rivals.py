@@ -123,7 +123,9 @@ class PseudoNoise(models.LSQ):
     def forward(self, v: Tensor) -> Tensor:
         if self.bits == models.FLOAT_BITS:
             return v
-        alpha = self.step_for(v) * self.q_max
+        step = self.step_for(v)
+        scaled = step / (self.q_max**2 * math.sqrt(v[0].numel()))  # as FakeQuantize scales gradients
+        alpha = (scaled + (step - scaled).detach()) * self.q_max
         levels = 2 ** (self.width(float(torch.rand(())) - 0.5) - float(self.signed)) - 1
         low = -alpha if self.signed else torch.zeros_like(alpha)
         clipped = torch.minimum(torch.maximum(v.float(), low), alpha)
