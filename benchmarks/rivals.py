@@ -161,8 +161,18 @@ def nipq(classifier, table, budget: float, calibrate, train, weight: float = 1.0
 
 
 # ---- LIMPQ ----
-class WidthSteps(models.LSQ):
-    """LIMPQ's operand (Tang et al., ECCV 2022): a learned step size for every bit-width."""
+class PublishedScale(models.LSQ):
+    """The step's gradient over sqrt(N Q), as in LSQ (section 2.2), where models.LSQ has Q^2 sqrt(N)."""
+
+    def forward(self, v):
+        if self.bits == models.FLOAT_BITS:
+            return v
+        elements = v[0].numel() / self.q_max**3
+        return models.FakeQuantize.apply(v.float(), self.step_for(v), self.q_min, self.q_max, elements)
+
+
+class WidthSteps(PublishedScale):
+    """LIMPQ's operand (Tang et al., ECCV 2022): a step size for each width, which learns as published."""
 
     def __init__(self, channels: int | None = None):
         super().__init__(channels)

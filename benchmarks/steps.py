@@ -26,16 +26,6 @@ from ddpg import DDPGConfig  # noqa: E402
 FRAME = "--dataset cifar10 --search-images 200 --budget 0.015"
 
 
-class PublishedScale(models.LSQ):
-    """The step's gradient over sqrt(N Q), as in LSQ (section 2.2), where models.LSQ has Q^2 sqrt(N)."""
-
-    def forward(self, v):
-        if self.bits == models.FLOAT_BITS:
-            return v
-        elements = v[0].numel() / self.q_max**3
-        return models.FakeQuantize.apply(v.float(), self.step_for(v), self.q_min, self.q_max, elements)
-
-
 @torch.inference_mode()
 def accuracy(network, images, config) -> float:
     x, labels = images.batch(range(len(images))), torch.tensor(images.labels)
@@ -66,7 +56,7 @@ def main(argv=None) -> None:
     images, search_images = arq.hold_out(arq.load_images(config, True), config.search_images)
     base = arq.build_base(config, len(images.classes))
     found = []
-    for scale, kind in (("range", models.LSQ), ("published", PublishedScale)):
+    for scale, kind in (("range", models.LSQ), ("published", rivals.PublishedScale)):
         classifier = copy.deepcopy(base)
         table = models.quantize_model(classifier, config.image_size, kind)
         arq.calibrate(classifier, search_images, config)
