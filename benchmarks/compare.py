@@ -254,6 +254,20 @@ def row_of(r: dict) -> str:
     return f"| {' | '.join(map(str, cells))} | {minutes:.0f} |"
 
 
+def paired_of(results: list[dict]) -> str:
+    """ARQ's ACR less every other row's, on the same images, with paired standard errors."""
+    lines = []
+    for arq_cell in (r for r in results if r["method"] == "ARQ"):
+        rows = certify.read_certificates(OUT / f"{name_of(arq_cell)}.tsv")
+        for r in results:
+            alike = all(r[key] == arq_cell[key] for key in ("sigma", "n"))
+            if alike and r["budget"] in (1.0, arq_cell["budget"]) and name_of(r) != name_of(arq_cell):
+                other = certify.read_certificates(OUT / f"{name_of(r)}.tsv")
+                difference = "{:+.4f} +- {:.4f}".format(*certify.acr_difference(rows, other))
+                lines.append(f"{name_of(arq_cell)} less {name_of(r)}: {difference}")
+    return "\n".join(lines)
+
+
 def costs_of(results: list[dict]) -> str:
     """Markdown: what choosing the bits took; passes are images through a network, in training too."""
     titles = "method | cell | evaluations | training images | passes, millions | minutes"
@@ -289,7 +303,7 @@ def main(argv=None) -> None:
         wanted = any(name_of(c).startswith(start) for start in options.cells)
         if wanted and not (OUT / f"{name_of(c)}.json").exists():
             run(c, options.data, options.checkpoints)
-    print(table_of(finished()), costs_of(finished()), sep="\n\n")
+    print(*(part(finished()) for part in (table_of, paired_of, costs_of)), sep="\n\n")
 
 
 if __name__ == "__main__":
