@@ -440,7 +440,7 @@ def test_the_accuracy_reward_is_the_share_of_images_that_are_right():
 
 @pytest.mark.slow
 def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, capsys):
-    """On drawn images, tiny: each method's cell meets the budget, its ACR is that of its certificates, the
+    """On drawn images, tiny: a method's cell meets the budget, its ACR is that of its certificates, the
     paired difference that of base's; a finished cell is not computed again."""
     monkeypatch.setattr(compare, "OUT", tmp_path / "results")
     monkeypatch.setattr(compare, "WORK", tmp_path / "runs")
@@ -448,7 +448,9 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
     monkeypatch.setattr(
         compare, "FRAME", f"{words} --search-n 40 --n-p 20 --finetune-epochs 0.03 --images 6 --n0 20"
     )
-    cells = [compare.cell(method, 0.25, 0.02) for method in (*compare.FLOAT, *compare.METHODS)]
+    left_out = ("random", "ARQ estimate")  # they go the way of evolution and ARQ
+    methods = [one for one in [*compare.FLOAT, *compare.METHODS] if one not in left_out]
+    cells = [compare.cell(method, 0.25, 0.02) for method in methods]
     monkeypatch.setattr(compare, "CELLS", [cell | {"n": 50} for cell in cells])
     torch.manual_seed(0)
     base = models.build_classifier("resnet8", 10)
@@ -458,7 +460,7 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
     command = ["--data", str(tmp_path), "--checkpoints", str(tmp_path)]
     compare.main(command)
     found = {cell["method"]: cell for cell in compare.finished()}
-    assert sorted(found) == sorted([*compare.FLOAT, *compare.METHODS])
+    assert sorted(found) == sorted(methods)
     base_rows = certify.read_certificates(compare.OUT / "sigma0.25-budget1-base-seed0-n50.tsv")
     for method, cell in found.items():
         rows = certify.read_certificates(compare.OUT / f"{compare.name_of(cell)}.tsv")
