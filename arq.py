@@ -251,6 +251,7 @@ class Config:  # every option; the command line is made from it
     sigma: float = option("noise, in [0, 1] pixels", (0.25, 0.25, 0.25), "base evaluate", below=math.inf)
     budget: float = option("BitOPs allowed, as a fraction of the float network's", 0.015, "search", below=1)
     epochs: int = option("training epochs of the base classifier", (6, 90, 90), "base", 1)
+    start: str = option("float network that episodes start from, in place of the base", None, "search")
     episodes: int = option("search episodes, one policy each", (24, 600, 600), "search", 1)
     finetune_steps: int = option("training steps of a policy in its episode", (8, 20, 20), "search", 0)
     finalists: int = option("best policies that are evaluated again, on other noise", 5, "search", 0)
@@ -295,7 +296,7 @@ def parse_config(argv=None) -> Config:
 
 def complete_config(config: Config) -> Config:
     """Fill in what is left open and refuse what cannot work, before any data is touched."""
-    for name in ("checkpoint", "evaluate"):
+    for name in ("checkpoint", "start", "evaluate"):
         file = getattr(config, name)
         refuse(file is not None and not Path(file).is_file(), f"{flag(name)} {file}: no such file")
     packed = models.read_packed(config.evaluate) if config.evaluate else None
@@ -466,7 +467,7 @@ def open_run(config: Config, stages: dict[str, str], images: "ImageSet", test_im
     """The run folder, new or one to be continued. Raises ValueError before anything is written."""
     values = dataclasses.asdict(config)
     values["data"], values["data (test)"] = images.fingerprint(), test_images.fingerprint()
-    for name in ("checkpoint", "evaluate"):
+    for name in ("checkpoint", "start", "evaluate"):
         values[name] = values[name] and f"file {digest(Path(values[name]).read_bytes())}"
     groups = {f.name: f.metadata["groups"] for f in dataclasses.fields(Config)} | {"data (test)": ["test"]}
     keys = {}
@@ -634,6 +635,7 @@ def run(config: Config) -> None:
     counts = f"{len(train_images)} training, {config.search_images} search and {config.images} test images"
     print(f"{config.dataset}: {counts}; {config.arch}, sigma {config.sigma:g}; run folder {out}")
     stages.watch(base)
+    start = stages.watch(build_base(config, len(images.classes), config.start)) if config.start else base
 
     # 1: the float base classifier f
     base_file = Path(config.checkpoint or "")
@@ -648,15 +650,15 @@ def run(config: Config) -> None:
     stages.do("certify the base, search images", file, work)
     cache = read_cache(file)
     # 3: Algorithm 1
-    log, of = out / "search.jsonl", (base, train_images, search_images, config)
-    evaluate, again = policy_evaluator(*of), policy_evaluator(*of, final=True)
+    log, rest = out / "search.jsonl", (train_images, search_images, config)
+    evaluate, again = policy_evaluator(start, *rest), policy_evaluator(start, *rest, final=True)
     stages.do("search", log, partial(search_policies, environment, evaluate, again, cache, config, log))
     records = [json.loads(line) for line in log.read_text().splitlines()]
     policy = best_policy(records)
     write_whole(out / "policy.json", policy)
     # 4: the best policy is fine-tuned and packed
     file = out / "model.arq"
-    best = evaluate.quantize(policy)
+    best = policy_evaluator(base, *rest).quantize(policy)
     stages.do("fine-tune", file, partial(finetune_best, best, base, table, train_images, config))
     # 5: what was packed is certified from scratch; the test images are first seen here
     network = stages.watch(integers(models.load_model(file)[0], config))
@@ -680,7 +682,7 @@ def evaluate_saved(config: Config) -> None:
         policy = saved["policy"]
         refuse(saved["classes"] != images.classes, f"--evaluate {file} has other classes; give its --data")
     else:
-        classifier = build_base(dataclasses.replace(config, checkpoint=file), len(images.classes))
+        classifier = build_base(config, len(images.classes), file)
         table = models.quantize_model(classifier, config.image_size)
         policy = models.uniform_policy(table, 32, 32)
     stages = open_run(config, {"certify": "evaluate test"}, images, images)
@@ -689,15 +691,13 @@ def evaluate_saved(config: Config) -> None:
     report(summarize(rows, network, table, policy, config, Path(file)), stages)
 
 
-def build_base(config: Config, num_classes: int) -> Classifier:
-    """The float base, of --checkpoint or to be trained, in the layout that convolutions run fastest in."""
+def build_base(config: Config, num_classes: int, file=None) -> Classifier:
+    """A float network: of a file or of --checkpoint, else to be trained; in convolutions' fastest layout."""
     torch.manual_seed(config.seed)
-    of = config.arch, num_classes, config.mean, config.std
-    if config.checkpoint is None:
-        base = models.build_classifier(*of)
-    else:
-        base = models.load_base_checkpoint(config.checkpoint, *of)
-        print(f"{config.checkpoint}: normalised by {base.mean.flatten()}, {base.std.flatten()}")
+    file, of = file or config.checkpoint, (config.arch, num_classes, config.mean, config.std)
+    base = models.load_base_checkpoint(file, *of) if file else models.build_classifier(*of)
+    if file is not None:
+        print(f"{file}: normalised by {base.mean.flatten()}, {base.std.flatten()}")
     return base.to(config.device, memory_format=torch.channels_last).eval()
 
 
@@ -751,10 +751,10 @@ def read_cache(file: Path) -> ReplayCache:
     return ReplayCache(rows, torch.cat([predictions for _, predictions, _ in blocks]), blocks[0][2])
 
 
-def policy_evaluator(base, train_images, search_images, config: Config, final=False) -> PolicyEvaluator:
-    """What Algorithm 1 does with a policy: from a calibrated copy of the base to radii of --reward.
+def policy_evaluator(start, train_images, search_images, config: Config, final=False) -> PolicyEvaluator:
+    """What Algorithm 1 does with a policy: from a calibrated copy of a network to radii of --reward.
     final: to CERTIFY with --search-n samples of fresh noise, after twice the training."""
-    classifier = copy.deepcopy(base)  # with the hook that counts passes
+    classifier = copy.deepcopy(start)  # with the hook that counts passes
     models.quantize_model(classifier, config.image_size)
     calibrate(classifier, search_images, config)
     images = search_images.batch(range(len(search_images)), config.device)

@@ -27,7 +27,7 @@ import math
 import statistics
 import time
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import TextIO
 
@@ -39,7 +39,6 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # of any dimensi
 
 ABSTAIN = -1
 CHUNK = 100  # noise is drawn this many samples at a time, whatever the batch size
-Classifier = Callable[[Tensor], Tensor]
 
 
 def refuse(wrong, message: str) -> None:

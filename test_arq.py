@@ -2177,6 +2177,7 @@ def fails(arguments, capsys, *words, code=2) -> bool:
         (["--dataset", "folder", "--data", "/nowhere"], ["/nowhere", "train/<class>"]),
         (["--dataset", "imagenet", "--data", "/nowhere"], ["/nowhere", "val/"]),
         (["--checkpoint", "/nowhere.pt"], ["/nowhere.pt", "no such file"]),
+        (["--start", "/nowhere.pt"], ["--start /nowhere.pt", "no such file"]),
         (["--checkpoint", __file__], ["test_arq.py", "checkpoint"]),
         (["--episodes", "many"], ["--episodes", "many"]),
         (["--sigmas", "1"], ["--sigmas"]),
@@ -2385,6 +2386,31 @@ def test_a_run_stopped_after_any_write_continues(finished_run, monkeypatch, caps
     assert contents(Path("run")) == contents(finished_run / "run")
     sizes = [record["state"] for record in arq.read_state(Path("run/state.pt")).values()]
     assert sizes == [None] * 6  # nothing finished is carried along
+
+
+@pytest.mark.slow
+def test_episodes_start_from_another_network(copied_run, capsys, monkeypatch):
+    """--start: the base's own file changes nothing. Of other weights the search knows alone: what is tuned
+    in the end, and certified beside it, is the base."""
+    file = next(Path("runs/bases").glob("*.pt"))
+    assert arq.main([*SMALL, "--out", "run", "--start", str(file), "--restart"]) == 0
+    own, before = contents(Path("run")), contents(copied_run / "run")
+    assert [own[name] for name in ("search", "model")] == [before[name] for name in ("search", "model")]
+    state, given, made = arq.read_state(file), [], arq.policy_evaluator
+    arq.write_whole(Path("other.pt"), {name: 0.9 * v if v.ndim > 3 else v for name, v in state.items()})
+
+    def evaluator(start, *rest, **options):
+        given.append(start.state_dict()["net.conv1.weight"].clone())
+        return made(start, *rest, **options)
+
+    monkeypatch.setattr(arq, "policy_evaluator", evaluator)
+    command = [*SMALL, "--out", "run", "--start", "other.pt"]
+    assert fails(command, capsys, "--start", "--restart")
+    assert arq.main([*command, "--restart"]) == 0
+    scales = [float((weight / state["net.conv1.weight"]).mean()) for weight in given]
+    assert scales == pytest.approx([0.9, 0.9, 1.0])  # episodes, finalists, the last fine-tuning
+    network = contents(Path("run"))["results"]["base"]["network"]
+    assert network == before["results"]["base"]["network"]
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import sys
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -26,14 +26,16 @@ sys.path.insert(0, str(ROOT))
 import arq  # noqa: E402
 import certify  # noqa: E402
 import models  # noqa: E402
-from benchmarks import rivals  # noqa: E402
+from benchmarks import rivals, shared  # noqa: E402
 from ddpg import DDPG  # noqa: E402
 
 OUT, WORK = ROOT / "results" / "compare", ROOT / "runs" / "compare"
 FRAME = """--dataset cifar10 --images 500 --n0 100 --n 1000 --episodes 100 --finetune-steps 12
  --search-images 200 --search-n 1000 --n-p 250 --finetune-epochs 4 --distill 0.7"""
+SHARED_EPOCHS = 1
 AGENTS = {"random": rivals.RandomAgent, "evolution": rivals.EvolutionAgent}
 AGENTS |= {"HAQ": DDPG, "ARQ estimate": DDPG, "ARQ": DDPG}
+AGENTS |= {f"{name} from f": AGENTS[name] for name in ("ARQ", "evolution")}  # as published, without shared.py
 METHODS = ["ARQ", "uniform", "evolution", "random", "LIMPQ", "ARQ estimate", "HAQ", "NIPQ"]
 FLOAT = ["base", "control"]  # no policy; the control is fine-tuned as all are
 
@@ -43,14 +45,17 @@ def cell(method: str, sigma: float, budget: float, seed: int = 0, n: int = 1000)
     return {"method": method, "sigma": sigma, "budget": budget, "seed": seed, "n": n}
 
 
-CELLS = [cell(method, 0.25, 0.015) for method in FLOAT + METHODS]
-CELLS += [cell(method, 0.25, 0.008) for method in METHODS]
+CELLS = [cell(method, 0.25, 0.015) for method in [*FLOAT, *METHODS, "ARQ from f"]]
+CELLS += [cell(method, 0.25, 0.008) for method in [*METHODS, "ARQ from f", "evolution from f"]]
 FEW = ["ARQ", "uniform", "evolution", "LIMPQ"]
 CELLS += [cell(method, sigma, 0.015) for sigma in (1.0, 0.5) for method in FLOAT + FEW]
 CELLS += [cell(method, 0.25, 0.006) for method in FEW]
 CELLS += [cell(method, sigma, 0.008) for sigma in (0.5, 1.0) for method in FEW]
 CELLS += [cell(method, 0.25, 0.015, seed=1) for method in ("ARQ", "evolution", "random")]
 CELLS += [cell(method, s, 0.015, n=10_000) for s in (0.25, 0.5, 1.0) for method in (*FLOAT, "ARQ")]
+
+
+SPENT = "seconds", "forward_passes"
 
 
 def name_of(c: dict) -> str:
@@ -71,12 +76,14 @@ class Frame:
         images, self.test_images = arq.load_images(config, True), arq.load_images(config, False)
         self.train_images, self.search_images = arq.hold_out(images, config.search_images)
         self.base = arq.build_base(config, len(images.classes))
+        self.from_base = c["method"].endswith(" from f")
         self.table = models.quantize_model(copy.deepcopy(self.base), config.image_size)
         self.test_images = self.test_images.subset(arq.evenly_spaced(config.images, len(self.test_images)))
 
     def stages(self, folder: Path, *names: str) -> arq.Stages:
-        """Resumable stages of a folder, resting on the frame's options; certificates have their own n."""
-        key = vars(self.config) | {"data": self.train_images.fingerprint(), "out": None, "n": None}
+        """Resumable stages of a folder, resting on the frame's options, but for what its name says."""
+        own = dict.fromkeys(("out", "n", "reward"))
+        key = vars(self.config) | own | {"data": self.train_images.fingerprint()}
         key["checkpoint"] = arq.digest(Path(self.config.checkpoint).read_bytes())
         stages = arq.Stages(folder / "state.pt", dict.fromkeys(names, key))
         stages.watch(self.base)
@@ -92,13 +99,28 @@ class Frame:
             stages.do("certify the base, search images", file, partial(arq.certify_images, *of))
         return arq.read_cache(file)
 
+    @cached_property
+    def start(self) -> tuple[models.Classifier, dict]:
+        """What episodes start from, and what it took: once per sigma, budget and seed."""
+        name, config = "train for all policies", self.config
+        if self.from_base:
+            return self.base, dict.fromkeys(SPENT, 0)
+        folder = WORK / f"shared-sigma{config.sigma:g}-budget{config.budget:g}-seed{config.seed}"
+        stages, file = self.stages(folder, name), folder / "start.pt"
+        environment = arq.BitWidthEnvironment(self.table, config.budget)
+        of = self.base, environment, self.train_images, self.search_images, config, SHARED_EPOCHS
+        stages.do(name, file, partial(shared.train_shared, *of))
+        network = copy.deepcopy(self.base)
+        network.load_state_dict(arq.read_state(file))
+        return network, stages.records[name]
+
 
 def choose(method: str, frame: Frame, log: Path, state, save) -> models.Policy:
     """The method's policy. What it evaluated is in `log`."""
     config, table, budget = frame.config, frame.table, frame.config.budget
-    of = frame.base, frame.train_images, frame.search_images, config
     if method in AGENTS:
         cache, environment = frame.cache(), arq.BitWidthEnvironment(table, budget)
+        of = frame.start[0], frame.train_images, frame.search_images, config
         evaluate, again = arq.policy_evaluator(*of), arq.policy_evaluator(*of, final=True)
         if method == "HAQ":
             x = frame.search_images.batch(range(len(frame.search_images)), config.device)
@@ -148,6 +170,7 @@ def run(c: dict, data: str, checkpoints: Path) -> None:
     policy = models.uniform_policy(frame.table, models.FLOAT_BITS, models.FLOAT_BITS)
     if method in AGENTS:
         frame.cache()  # is made here, where it counts for no method
+        frame.start  # counts below
     if method not in FLOAT:
         log = work / "search.jsonl"
         stages.do("choose", work / "policy.json", partial(choose, method, frame, log))
@@ -172,6 +195,10 @@ def run(c: dict, data: str, checkpoints: Path) -> None:
         rows_file, OUT / f"{name_of(c | {'method': 'base', 'budget': 1.0, 'seed': 0})}.tsv"
     )
     results |= costs(method, config, work / "search.jsonl", stages)
+    if method in AGENTS and not frame.from_base:
+        results["stages"]["train for all policies"] = {k: frame.start[1][k] for k in SPENT}
+        steps = SHARED_EPOCHS * (len(frame.train_images) // config.batch_size)
+        results["training_images_of_the_choice"] += steps * config.batch_size
     if method == "ARQ" and c["budget"] == 0.015 and c["seed"] == 0:
         arq.write_whole(OUT / f"{name}.arq", file.read_bytes())
     arq.write_whole(OUT / f"{name}.json", results)
@@ -204,7 +231,7 @@ def costs(method: str, config, log: Path, stages: arq.Stages) -> dict:
         steps = config.episodes * config.finetune_steps
     found |= {"evaluations": len(records), "training_images_of_the_choice": steps * config.batch_size}
     kept = {name: record for name, record in stages.records.items() if record["finished"]}
-    found["stages"] = {name: {k: r[k] for k in ("seconds", "forward_passes")} for name, r in kept.items()}
+    found["stages"] = {name: {k: r[k] for k in SPENT} for name, r in kept.items()}
     processor = platform.processor() or platform.machine()
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return found | {"processor": f"{processor}, {threads}, torch {torch.__version__}"}
@@ -274,14 +301,15 @@ def costs_of(results: list[dict]) -> str:
     lines = [f"| {titles} |", "|---" * 6 + "|"]
     for r in results:
         if r["method"] not in FLOAT and r["n"] == 1000:
-            choice = r["stages"]["choose"]
+            parts = [r["stages"].get(name) for name in ("train for all policies", "choose")]
+            passes, seconds = (sum(part[k] for part in parts if part) for k in ("forward_passes", "seconds"))
             cells = [
                 r["method"],
                 f"sigma {r['sigma']:g}, {100 * r['budget']:g} %, seed {r['seed']}",
                 r["evaluations"],
             ]
-            cells += [f"{r['training_images_of_the_choice']:,}", f"{choice['forward_passes'] / 1e6:.2f}"]
-            lines.append(f"| {' | '.join(map(str, cells))} | {choice['seconds'] / 60:.1f} |")
+            cells += [f"{r['training_images_of_the_choice']:,}", f"{passes / 1e6:.2f}"]
+            lines.append(f"| {' | '.join(map(str, cells))} | {seconds / 60:.1f} |")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import arq
 import certify
 import models
-from benchmarks import compare, incremental, recipe, rivals
+from benchmarks import compare, incremental, recipe, rivals, shared
 from certify import ABSTAIN, Smooth
 from ddpg import DDPGConfig
 
@@ -421,6 +421,24 @@ def test_bits_learned_by_gradient_go_where_they_matter():
             assert rivals.fill(table, policy, budget) == policy
             assert sum(policy["used"]) > sum(policy["idle"])
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_shared_network_has_met_a_policy_per_batch(monkeypatch):
+    """Under the budget, each batch another; what comes out are the float network's weights, trained."""
+    command = "--batch-size 4 --budget 0.02 --image-size 32 --device cpu"
+    config, met, set_policy = arq.parse_config(command.split()), [], models.set_policy
+    base = models.build_classifier("resnet8", 10).eval()
+    table = models.quantize_model(copy.deepcopy(base), 32)
+    environment = arq.BitWidthEnvironment(table, config.budget)
+    monkeypatch.setattr(models, "set_policy", lambda net, bits: met.append(bits) or set_policy(net, bits))
+    of = *arq.hold_out(arq.draw_shapes(40, seed=0, size=32), 4), config
+    before, state = copy.deepcopy(base.state_dict()), shared.train_shared(base, environment, *of, 1.0)
+    assert len(met) == 9 and all(one != other for one, other in zip(met, met[1:]))
+    assert all(models.bitops_ratio(table, policy) <= config.budget for policy in met)
+    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+    base.load_state_dict(state)
+    changed = {name for name, value in before.items() if not torch.equal(state[name], value)}
+    assert changed == set(before) - {"mean", "std"}
 
 
 def test_the_accuracy_reward_is_the_share_of_images_that_are_right():
