@@ -529,8 +529,8 @@ def test_what_is_written_of_the_recipe_is_what_its_trials_hold(capsys):
 
 # ---- the scripts ----
 
-SCRIPTS = "attack batchnorm certificates compare figures luck networks ranking".split()
-SCRIPTS += "recipe resume scale search shapes speed steps".split()
+SCRIPTS = "attack batchnorm certificates compare figures luck networks proxy".split()
+SCRIPTS += "ranking recipe resume scale search shapes shared speed steps".split()
 
 
 def test_every_script_is_tried():
