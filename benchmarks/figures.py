@@ -24,12 +24,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import certify  # noqa: E402
 
-# Marker and shade tell methods apart in grey, too; ARQ alone is red.
+# Marker and shade tell methods apart in grey, too; ARQ alone is red. Hollow: searched from the base itself.
 STYLES = {  # color, marker, line
     "ARQ": ("tab:red", "o", "-"),
     "ARQ estimate": ("tab:pink", "o", ":"),
+    "ARQ from f": ("tab:red", "o", ":"),
     "uniform": ("black", "s", "--"),
     "evolution": ("tab:blue", "^", "-"),
+    "evolution from f": ("tab:blue", "^", ":"),
     "random": ("dimgray", "x", ":"),
     "LIMPQ": ("tab:green", "D", "-."),
     "HAQ": ("tab:orange", "v", "--"),
@@ -38,9 +40,9 @@ STYLES = {  # color, marker, line
 
 
 def style_of(method: str) -> dict:
-    return dict(
-        zip(("color", "marker", "linestyle"), STYLES[method]), markersize=6, zorder=3 + (method == "ARQ")
-    )
+    style = dict(zip(("color", "marker", "linestyle"), STYLES[method]))
+    hollow = {"markerfacecolor": "white"} if method.endswith(" from f") else {}
+    return style | hollow | {"markersize": 6, "zorder": 3 + (method == "ARQ")}
 
 
 def read_cells(folder: Path) -> list[dict]:
