@@ -151,7 +151,8 @@ def draw_radii(cells: list[dict]):
 
 def draw_searches(cells: list[dict]):
     """The best ACR on search images so far, by evaluation; HAQ's reward is another."""
-    searched = [c for c in cells if c["method"] in ("ARQ", "evolution", "random")]
+    names = "ARQ", "evolution", "random", "ARQ from f", "evolution from f"
+    searched = [c for c in cells if c["method"] in names]
     groups = sorted({(c["sigma"], c["budget"]) for c in searched}, key=lambda g: (g[0], -g[1]))
     if not groups:
         return None
@@ -162,7 +163,7 @@ def draw_searches(cells: list[dict]):
     for panel in axes.flat[len(groups) :]:
         panel.axis("off")
     for (sigma, budget), panel in zip(groups, axes.flat):
-        for method in ("ARQ", "evolution", "random"):
+        for method in names:
             some = [c for c in of(cells, method, sigma) if c["budget"] == budget]
             for number, cell in enumerate(some):
                 best = torch.tensor(cell["search_acr"]).cummax(0).values

@@ -3,9 +3,10 @@
     python benchmarks/proxy.py --data DIR --checkpoints DIR [--budget 0.008]
 
 The policies are those of compare.py's finished cells at sigma 0.25, seed 0, whose networks are still under
-runs/compare/. Each gets an episode's reward (IRS, in the cells' frame) from the base and from the network that
-shared.py makes. The truth is the ACR of the cell's network on the same search images (n = 1,000, the noise of
-finalists): no test image is used. Prints a table with Kendall's tau, and keeps its rows in results/proxy.json.
+runs/compare/. Each gets an episode's reward (IRS, in the cells' frame) from the base and from the network
+that shared.py makes. The truth is the ACR of the cell's network on the same search images (n = 1,000, the
+noise of finalists): no test image is used. Prints a table with Kendall's tau, and keeps its rows in
+results/proxy.json.
 """
 
 import argparse
