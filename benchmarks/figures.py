@@ -64,9 +64,12 @@ def sigmas_of(cells: list[dict]) -> list[float]:
 
 
 def draw_tradeoff(cells: list[dict], cost, label: str):
-    """ACR over cost, a panel for each sigma, and the difference in clean accuracy, mean of sigmas."""
+    """ACR over cost, a panel for each sigma, and the difference in clean accuracy, mean of sigmas. Methods
+    stand a little beside each other, so that error bars of one budget can be told apart."""
     sigmas = sigmas_of(cells)
-    widest = 1.1 * max((cost(cell) for cell in cells if cell["budget"] < 1), default=1)
+    costs = [cost(cell) for cell in cells if cell["budget"] < 1] or [1.0]
+    narrow, widest = 0.6 * min(costs), 1.1 * max(costs)
+    aside = {method: 0.012 * (i - len(STYLES) / 2) * (widest - narrow) for i, method in enumerate(STYLES)}
     figure, axes = plt.subplots(
         1, len(sigmas) + 1, figsize=(3.4 * len(sigmas) + 3.4, 3.6), layout="constrained"
     )
@@ -78,30 +81,30 @@ def draw_tradeoff(cells: list[dict], cost, label: str):
         for method in STYLES:
             some = of(cells, method, sigma)
             error = [1.96 * cell["acr_difference"]["standard_error"] for cell in some]
-            x, y = [cost(cell) for cell in some], [cell["acr"] for cell in some]
+            x, y = [cost(cell) + aside[method] for cell in some], [cell["acr"] for cell in some]
             if some:
                 panel.errorbar(x, y, error, label=method, capsize=2, elinewidth=0.7, **style_of(method))
         panel.set(title=f"sigma = {sigma:g}", xlabel=label, ylabel="ACR")
-        panel.set_xlim(0, widest)
+        panel.set_xlim(narrow, widest)
     for method in STYLES:
         points = {}
         for cell in of(cells, method):
             base = of(cells, "base", cell["sigma"])
             if base:
                 difference = cell["accuracy_without_noise"] - base[0]["accuracy_without_noise"]
-                points.setdefault(cell["budget"], []).append((cost(cell), 100 * difference))
+                points.setdefault(cell["budget"], []).append((cost(cell) + aside[method], 100 * difference))
         pairs = sorted(tuple(map(statistics.fmean, zip(*values))) for values in points.values())
         if pairs:
             axes[-1].plot(*zip(*pairs), **style_of(method))
     axes[-1].axhline(0, color="black", linestyle="--", linewidth=1)
-    axes[-1].set_xlim(0, widest)
+    axes[-1].set_xlim(narrow, widest)
     axes[-1].set(
         title="mean of sigmas" if len(sigmas) > 1 else f"sigma = {sigmas[0]:g}",
         xlabel=label,
         ylabel="clean accuracy, points over base",
     )
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 + len(sigmas), frameon=False)
     return figure
 
 
