@@ -69,7 +69,7 @@ def draw_tradeoff(cells: list[dict], cost, label: str):
     sigmas = sigmas_of(cells)
     costs = [cost(cell) for cell in cells if cell["budget"] < 1] or [1.0]
     narrow, widest = 0.6 * min(costs), 1.1 * max(costs)
-    aside = {method: 0.012 * (i - len(STYLES) / 2) * (widest - narrow) for i, method in enumerate(STYLES)}
+    aside = {method: 0.006 * (i - len(STYLES) / 2) * (widest - narrow) for i, method in enumerate(STYLES)}
     figure, axes = plt.subplots(
         1, len(sigmas) + 1, figsize=(3.4 * len(sigmas) + 3.4, 3.6), layout="constrained"
     )
