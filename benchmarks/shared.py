@@ -45,6 +45,8 @@ def main(argv=None) -> None:
     parser.add_argument("--shared-epochs", type=float, default=1.0)
     options, rest = parser.parse_known_args(argv)
     config = arq.parse_config(rest)
+    if config.checkpoint is None:
+        parser.error("give --checkpoint FILE, the float base; arq.py leaves its own in runs/bases/")
     images = arq.load_images(config, True)
     base = arq.build_base(config, len(images.classes))
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
