@@ -103,15 +103,9 @@ class PolicyEvaluator:
         return statistics.fmean(self.certificate(quantized, cache))
 
 
-def relative_gain(acr: float, base_acr: float) -> float:
-    """The reward: (ACR(g^P) - ACR(g)) / ACR(g)."""
-    return (acr - base_acr) / base_acr
-
-
-def search(certify_base, environment, agent, evaluate, reward=relative_gain) -> Iterator[dict]:
-    """Algorithm 1: a record per episode. The agent's count of episodes says where it starts.
-    certify_base() -> ReplayCache of f; environment: BitWidthEnvironment; agent: DDPG or what acts and learns
-    alike; evaluate(policy, cache) -> ACR(g^P); reward(ACR(g^P), ACR(g)) -> what the agent learns from"""
+def search(certify_base, environment, agent, evaluate) -> Iterator[dict]:
+    """Algorithm 1: a record per episode. The agent's count of episodes says where it starts. certify_base():
+    f's ReplayCache; environment: BitWidthEnvironment; agent: like DDPG; evaluate(policy, cache): ACR(g^P)"""
     # 1: FullRobustCertify(f); `run` has done it as its step 2
     cache = certify_base()
     base_acr = certify.average_certified_radius(cache.certificates)
@@ -122,10 +116,10 @@ def search(certify_base, environment, agent, evaluate, reward=relative_gain) -> 
         states, actions, policy = environment.rollout(agent.act)
         # 4: quantize f with it, fine-tune, IncrementalRobustCertify
         acr = evaluate(policy, cache)
-        # 5: the agent learns from the reward
-        gain = reward(acr, base_acr)
-        agent.learn(states, actions, gain)
-        yield {"episode": episode, "acr": acr, "reward": gain, "noise": noise, "policy": policy}
+        # 5: the agent learns from the reward, (ACR(g^P) - ACR(g)) / ACR(g)
+        reward = (acr - base_acr) / base_acr
+        agent.learn(states, actions, reward)
+        yield {"episode": episode, "acr": acr, "reward": reward, "noise": noise, "policy": policy}
 
 
 def best_policy(records: list[dict]) -> Policy:
@@ -502,9 +496,8 @@ class ImageSet:
 
     def subset(self, indices: list[int]) -> "ImageSet":
         """These images; ids keep their positions in the whole set."""
-        columns = self.labels, self.ids or range(len(self)), self.source
-        labels, ids, source = ([column[i] for i in indices] for column in columns)
-        source = torch.stack(source) if isinstance(self.source, Tensor) else source
+        labels, ids = ([column[i] for i in indices] for column in (self.labels, self.ids or range(len(self))))
+        source = self.read(indices) if isinstance(self.source, Tensor) else [self.source[i] for i in indices]
         return dataclasses.replace(self, labels=labels, ids=ids, source=source)
 
     def read(self, indices) -> Tensor:
@@ -565,6 +558,8 @@ def load_images(config: Config, train: bool) -> ImageSet:
         found = torchvision.datasets.ImageFolder(folder)
         paths, labels = map(list, zip(*found.samples))
         images = ImageSet(labels, found.classes, size, paths, config.workers)
+        if size <= 64 and len(paths) * size**2 < 2**28:  # below 1 GB: decoded once
+            images.source = images.read(progress("decoding", "images", 0, len(paths)))
     elif config.dataset == "cifar10":
         try:
             download = not Path(root, "cifar-10-batches-py").is_dir()

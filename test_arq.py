@@ -1752,7 +1752,7 @@ def base_cache():
     return certify.ReplayCache(rows, torch.zeros(2, 1), KEY)
 
 
-def tiny_search(agent, acrs, seen, **options):
+def tiny_search(agent, acrs, seen):
     """Algorithm 1 on a table of four layers, with these ACRs instead of certificates."""
     environment = arq.BitWidthEnvironment(tiny_table(), 0.04)
     cache, acrs = base_cache(), iter(acrs)
@@ -1766,7 +1766,7 @@ def tiny_search(agent, acrs, seen, **options):
         seen.append(policy)
         return next(acrs)
 
-    return arq.search(certify_base, environment, agent, evaluate, **options)
+    return arq.search(certify_base, environment, agent, evaluate)
 
 
 def test_search_needs_no_command_line():
@@ -1797,12 +1797,6 @@ def test_search_continues_where_the_agents_state_ends():
     again = DDPG(10, 1, config)
     again.load_state_dict(copy.deepcopy(agent.state_dict()))
     assert first + list(tiny_search(again, acrs[agent.episode :], [])) == whole
-
-
-def test_another_reward_is_one_function():
-    agent, seen = DDPG(10, 0, DDPGConfig(hidden=8, episodes=2, warmup_episodes=1)), []
-    records = list(tiny_search(agent, [0.1, 0.2], seen, reward=lambda acr, base_acr: acr - 2 * base_acr))
-    assert [record["reward"] for record in records] == pytest.approx([-0.5, -0.4])
 
 
 @functools.cache

@@ -51,7 +51,8 @@ FEW = ["ARQ", "uniform", "evolution", "LIMPQ"]
 CELLS += [cell(method, sigma, 0.015) for sigma in (1.0, 0.5) for method in FLOAT + FEW]
 CELLS += [cell(method, 0.25, 0.006) for method in FEW]
 CELLS += [cell(method, sigma, 0.008) for sigma in (0.5, 1.0) for method in FEW]
-CELLS += [cell(method, 0.25, 0.015, seed=1) for method in ("ARQ", "evolution", "random")]
+SEEDED = "ARQ", "evolution", "random", "LIMPQ"
+CELLS += [cell(method, 0.25, budget, seed=1) for budget in (0.008, 0.015) for method in SEEDED]
 CELLS += [cell(method, s, 0.015, n=10_000) for s in (0.25, 0.5, 1.0) for method in (*FLOAT, "ARQ")]
 
 
@@ -97,6 +98,7 @@ class Frame:
             stages = self.stages(folder, "certify the base, search images")
             of = self.base, self.search_images, self.config, self.config.search_n, "search", file
             stages.do("certify the base, search images", file, partial(arq.certify_images, *of))
+            stages.held.close()  # other cells may run at the same time
         return arq.read_cache(file)
 
     @cached_property
@@ -110,6 +112,7 @@ class Frame:
         environment = arq.BitWidthEnvironment(self.table, config.budget)
         of = self.base, environment, self.train_images, self.search_images, config, SHARED_EPOCHS
         stages.do(name, file, partial(shared.train_shared, *of))
+        stages.held.close()
         network = copy.deepcopy(self.base)
         network.load_state_dict(arq.read_state(file))
         return network, stages.records[name]
@@ -233,6 +236,8 @@ def costs(method: str, config, log: Path, stages: arq.Stages) -> dict:
     kept = {name: record for name, record in stages.records.items() if record["finished"]}
     found["stages"] = {name: {k: r[k] for k in SPENT} for name, r in kept.items()}
     processor = platform.processor() or platform.machine()
+    if config.device == "cuda":
+        processor = torch.cuda.get_device_name()
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     return found | {"processor": f"{processor}, {threads}, torch {torch.__version__}"}
 

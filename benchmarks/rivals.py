@@ -115,7 +115,7 @@ class PseudoNoise(models.LSQ):
 
     def width(self, jitter: float = 0.0) -> Tensor:
         if self.fixed:
-            return torch.tensor(float(self.fixed))
+            return torch.full_like(self.theta, self.fixed)
         span = models.MAX_BITS - models.MIN_BITS
         b = models.MIN_BITS + span * self.theta.sigmoid()
         return b + ((b + jitter).round().clamp(models.MIN_BITS, models.MAX_BITS) - b).detach()
@@ -152,7 +152,7 @@ def nipq(classifier, table, budget: float, calibrate, train, weight: float = 1.0
     def loss(network, x, noise, labels):
         costs = [layer.macs * torch.stack(widths(layer.name)).prod() for layer in table]
         ratio = torch.stack(costs).sum() / total / budget
-        penalty = weight * F.smooth_l1_loss(ratio, torch.ones(()))
+        penalty = weight * F.smooth_l1_loss(ratio, torch.ones_like(ratio))
         return arq.noise_augmentation(network, x, noise, labels) + penalty
 
     train(classifier, loss=loss)
