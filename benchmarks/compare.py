@@ -15,6 +15,7 @@ import ctypes
 import json
 import os
 import platform
+import statistics
 import sys
 from functools import cached_property, partial
 from pathlib import Path
@@ -281,22 +282,73 @@ def row_of(r: dict) -> str:
     of_acr = "{:+.4f} ({:+.4f} to {:+.4f})".format(d["mean"], *d["interval_95"])
     values = [100 * value for value in (a["mean"], *a["interval_95"])]
     of_accuracy = "{:+.1f} ({:+.1f} to {:+.1f})".format(*values)
+    if r["method"] == "base":
+        of_acr = of_accuracy = ""
     minutes = sum(stage["seconds"] for stage in r["stages"].values()) / 60
     cells += [of_acr, f"{100 * r['accuracy']:.1f}", of_accuracy, f"{100 * r['accuracy_without_noise']:.1f}"]
     return f"| {' | '.join(map(str, cells))} | {minutes:.0f} |"
 
 
+def mean_rows(tables: list[list]) -> list[certify.Certificate]:
+    """Each image's radius (0 where wrong), mean over certificates of the same images."""
+    values = [[row.radius * row.correct for row in rows] for rows in zip(*tables)]
+    return [row._replace(radius=statistics.fmean(v), correct=1) for row, v in zip(tables[0], values)]
+
+
+def rows_of(cells: list[dict]) -> list[certify.Certificate]:
+    """Certificates of cells that differ in their seeds, averaged."""
+    return mean_rows([certify.read_certificates(OUT / f"{name_of(c)}.tsv") for c in cells])
+
+
+def at(results: list[dict], method: str, sigma: float, budget: float, n: int = 1000) -> list[dict]:
+    """The cells of one method there, by seed."""
+    budget = 1.0 if method in FLOAT else budget
+    place = {"method": method, "sigma": sigma, "budget": budget, "n": n}
+    return [r for r in results if place.items() <= r.items()]
+
+
 def paired_of(results: list[dict]) -> str:
-    """ARQ's ACR less every other row's, on the same images, with paired standard errors."""
+    """ARQ's ACR less every other method's, over the seeds that both have, with paired standard errors."""
     lines = []
-    for arq_cell in (r for r in results if r["method"] == "ARQ"):
-        rows = certify.read_certificates(OUT / f"{name_of(arq_cell)}.tsv")
-        for r in results:
-            alike = all(r[key] == arq_cell[key] for key in ("sigma", "n"))
-            if alike and r["budget"] in (1.0, arq_cell["budget"]) and name_of(r) != name_of(arq_cell):
-                other = certify.read_certificates(OUT / f"{name_of(r)}.tsv")
-                difference = "{:+.4f} +- {:.4f}".format(*certify.acr_difference(rows, other))
-                lines.append(f"{name_of(arq_cell)} less {name_of(r)}: {difference}")
+    for sigma, n, budget in sorted({(r["sigma"], r["n"], r["budget"]) for r in results if r["budget"] < 1}):
+        ours = at(results, "ARQ", sigma, budget, n)
+        for method in sorted({r["method"] for r in results} - {"ARQ"}) if ours else ():
+            theirs = at(results, method, sigma, budget, n)
+            seeds = {r["seed"] for r in ours}
+            if method not in FLOAT:
+                seeds &= {r["seed"] for r in theirs}
+            pair = [r for r in ours if r["seed"] in seeds], theirs
+            if theirs and seeds:
+                difference = certify.acr_difference(*map(rows_of, pair))
+                where = (
+                    f"sigma {sigma:g}, {100 * budget:g} %, n = {n:,}, {len(seeds)} seeds: ARQ less {method}"
+                )
+                lines.append("{}: {:+.4f} +- {:.4f}".format(where, *difference))
+    return "\n".join(lines)
+
+
+def summary_of(results: list[dict]) -> str:
+    """Markdown: ACR (n = 1,000, mean over seeds) of every method, in a column for each sigma and budget."""
+    columns = sorted({(r["sigma"], -r["budget"]) for r in results if r["budget"] < 1 and r["n"] == 1000})
+    titles = [f"{sigma:g}, {-100 * budget:g} %" for sigma, budget in columns]
+    lines = [" | ".join(["| method; sigma, budget", *titles]) + " |", "|---" * (1 + len(columns)) + "|"]
+    for method in ["base", "control", *METHODS, "ARQ from f", "evolution from f"]:
+        found = [at(results, method, sigma, -budget) for sigma, budget in columns]
+        if any(found):
+            acrs = [arq.shown(certify.average_certified_radius(rows_of(f))) if f else "" for f in found]
+            lines.append(" | ".join([f"| {method}", *acrs]) + " |")
+    return "\n".join(lines)
+
+
+def headline_of(results: list[dict]) -> str:
+    """Markdown: the float networks and ARQ with n = 10,000."""
+    columns = "sigma | network | BitOPs, % | bytes | ACR | less base's | accuracy, % | less base's | clean, %"
+    lines = [f"| {columns} |", "|---" * 9 + "|"]
+    rank = {"base": 0, "control": 1, "ARQ": 2}
+    of = [r for r in results if r["n"] == 10_000]
+    for r in sorted(of, key=lambda r: (r["sigma"], rank[r["method"]])):
+        method, _, *cells, _ = [part.strip() for part in row_of(r)[1:-1].split("|")]
+        lines.append(" | ".join([f"| {r['sigma']:g}", method, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -338,7 +390,8 @@ def main(argv=None) -> None:
         wanted = name in whole or any(name.startswith(start) for start in options.cells if start not in whole)
         if wanted and not (OUT / f"{name}.json").exists():
             run(c, options.data, options.checkpoints)
-    print(*(part(finished()) for part in (table_of, paired_of, costs_of)), sep="\n\n")
+    parts = headline_of, summary_of, table_of, paired_of, costs_of
+    print(*(part(finished()) for part in parts), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 It needs matplotlib, and writes comparison.png (the paper's Figure 1: ACR and clean accuracy over BitOPs),
 sizes.png (Figure 3: the same over model size), policies.png (Figure 4: bits per layer), radii.png (certified
 accuracy over radius) and searches.png (ACR by evaluation). Error bars are 95 % intervals over images, paired
-with the float base's. What no finished cell holds is left out.
+with the float base's; seeds are averaged. What no finished cell holds is left out.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import certify  # noqa: E402
+from benchmarks import compare  # noqa: E402
 
 # Marker and shade tell methods apart in grey, too; ARQ alone is red. Hollow: searched from the base itself.
 STYLES = {  # color, marker, line
@@ -54,6 +55,12 @@ def read_cells(folder: Path) -> list[dict]:
     return cells
 
 
+def seeds_averaged(cells: list[dict], method: str, sigma: float) -> list[list[dict]]:
+    """The cells of a method, by budget: lists of those that differ in their seeds."""
+    some = of(cells, method, sigma)
+    return [[c for c in some if c["budget"] == b] for b in sorted({c["budget"] for c in some})]
+
+
 def of(cells: list[dict], method: str, sigma: float | None = None) -> list[dict]:
     found = [c for c in cells if c["method"] == method and sigma in (None, c["sigma"])]
     return sorted(found, key=lambda c: c["bitops_ratio"])
@@ -79,29 +86,35 @@ def draw_tradeoff(cells: list[dict], cost, label: str):
                 text = {"base": "float base", "control": "float, fine-tuned alike"}[name]
                 panel.axhline(cell["acr"], linestyle=style, color="black", linewidth=1, label=text)
         for method in STYLES:
-            some = of(cells, method, sigma)
-            error = [1.96 * cell["acr_difference"]["standard_error"] for cell in some]
-            x, y = [cost(cell) + aside[method] for cell in some], [cell["acr"] for cell in some]
-            if some:
+            x, y, error = [], [], []
+            for some in seeds_averaged(cells, method, sigma):
+                x.append(statistics.fmean(map(cost, some)) + aside[method])
+                rows = compare.mean_rows([cell["rows"] for cell in some])
+                y.append(certify.average_certified_radius(rows))
+                base_rows = of(cells, "base", sigma)[0]["rows"]
+                error.append(1.96 * certify.acr_difference(rows, base_rows)[1])
+            if x:
                 panel.errorbar(x, y, error, label=method, capsize=2, elinewidth=0.7, **style_of(method))
         panel.set(title=f"sigma = {sigma:g}", xlabel=label, ylabel="ACR")
         panel.set_xlim(narrow, widest)
     for method in STYLES:
-        points = {}
-        for cell in of(cells, method):
-            base = of(cells, "base", cell["sigma"])
-            if base:
-                difference = cell["accuracy_without_noise"] - base[0]["accuracy_without_noise"]
-                points.setdefault(cell["budget"], []).append((cost(cell) + aside[method], 100 * difference))
-        pairs = sorted(tuple(map(statistics.fmean, zip(*values))) for values in points.values())
+        points = {}  # by budget, for budgets that have all sigmas
+        for sigma in sigmas:
+            clean = of(cells, "base", sigma)[0]["accuracy_without_noise"]
+            for some in seeds_averaged(cells, method, sigma):
+                gain = statistics.fmean(cell["accuracy_without_noise"] for cell in some) - clean
+                point = statistics.fmean(map(cost, some)) + aside[method], 100 * gain
+                points.setdefault(some[0]["budget"], []).append(point)
+        whole = [values for values in points.values() if len(values) == len(sigmas)]
+        pairs = sorted(tuple(map(statistics.fmean, zip(*values))) for values in whole)
         if pairs:
             axes[-1].plot(*zip(*pairs), **style_of(method))
     axes[-1].axhline(0, color="black", linestyle="--", linewidth=1)
     axes[-1].set_xlim(narrow, widest)
     axes[-1].set(
-        title="mean of sigmas" if len(sigmas) > 1 else f"sigma = {sigmas[0]:g}",
+        title="clean accuracy, mean" if len(sigmas) > 1 else "clean accuracy",
         xlabel=label,
-        ylabel="clean accuracy, points over base",
+        ylabel="points over base",
     )
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2 + len(sigmas), frameon=False)
@@ -124,9 +137,9 @@ def draw_policies(cells: list[dict]):
         panel.plot(layers, weights, "o", color="black", label="weights")
         panel.plot(layers, inputs, "x", color="tab:red", label="input", markersize=8, markeredgewidth=2)
         cost = 100 * cell["bitops_ratio"]
-        panel.set(title=f"sigma = {cell['sigma']:g}, {cost:.3f} % of BitOPs", ylim=(1.5, 8.5))
+        panel.set(title=f"sigma = {cell['sigma']:g}, {cost:.3f} % of BitOPs", ylim=(1.5, 9.8))
         panel.set(xlabel="layer, in order of execution", ylabel="bits")
-        panel.legend(loc="upper center")
+        panel.legend(loc="upper center", ncols=2)
     return figure
 
 

@@ -494,7 +494,7 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
 
 def test_what_is_written_of_the_comparison_is_what_its_cells_hold():
     """Each finished cell's figures are those of its certificates and its policy; results/README.md holds
-    every row of the table, README.md some of them, and neither holds another."""
+    every table, README.md the two short ones, and neither holds another row."""
     table = models.quantize_model(models.build_classifier("resnet20", 10).eval(), 32)
     cells = compare.finished()
     for cell in cells:
@@ -512,11 +512,14 @@ def test_what_is_written_of_the_comparison_is_what_its_cells_hold():
             assert models.load_model(packed)[2]["policy"] == cell["policy"]
             assert arq.digest(packed.read_bytes()) == cell["network"]
     rows = set(compare.table_of(cells).splitlines()) - {""}
-    texts = [(compare.ROOT / name).read_text().splitlines() for name in ("README.md", "results/README.md")]
+    short = {*compare.headline_of(cells).splitlines(), *compare.summary_of(cells).splitlines()}
     rest = {*compare.costs_of(cells).splitlines(), *compare.paired_of(cells).splitlines()}
-    assert rows | rest <= set(texts[1])
-    written = [line for text in texts for line in text if line.count("|") == 11]
-    assert set(written) <= rows and set(texts[0]) & rows
+    first, second = (
+        set((compare.ROOT / name).read_text().splitlines()) for name in ("README.md", "results/README.md")
+    )
+    assert short <= first and short | rows | rest <= second
+    assert {line for line in first | second if line.count("|") == 11} <= rows
+    assert {line for line in first if line.startswith(("| 0.25 |", "| 0.5 |", "| 1 |"))} <= short
 
 
 def test_what_is_written_of_the_recipe_is_what_its_trials_hold(capsys):
