@@ -36,7 +36,8 @@ FRAME = """--dataset cifar10 --images 500 --n0 100 --n 1000 --episodes 100 --fin
 SHARED_EPOCHS = 1
 AGENTS = {"random": rivals.RandomAgent, "evolution": rivals.EvolutionAgent}
 AGENTS |= {"HAQ": DDPG, "ARQ estimate": DDPG, "ARQ": DDPG}
-AGENTS |= {f"{name} from f": AGENTS[name] for name in ("ARQ", "evolution")}  # as published, without shared.py
+AGENTS |= {"evolution with repeats": rivals.RepeatingEvolution}
+AGENTS |= {"ARQ from f": DDPG, "evolution from f": rivals.RepeatingEvolution}  # without shared.py
 METHODS = ["ARQ", "uniform", "evolution", "random", "LIMPQ", "ARQ estimate", "HAQ", "NIPQ"]
 FLOAT = ["base", "control"]  # no policy; the control is fine-tuned as all are
 
@@ -54,6 +55,7 @@ CELLS += [cell(method, 0.25, 0.006) for method in FEW]
 CELLS += [cell(method, sigma, 0.008) for sigma in (0.5, 1.0) for method in FEW]
 SEEDED = "ARQ", "evolution", "random", "LIMPQ"
 CELLS += [cell(method, 0.25, budget, seed=1) for budget in (0.008, 0.015) for method in SEEDED]
+CELLS += [c | {"method": "evolution with repeats"} for c in CELLS if c["method"] == "evolution"]
 CELLS += [cell(method, s, 0.015, n=10_000) for s in (0.25, 0.5, 1.0) for method in (*FLOAT, "ARQ")]
 
 
@@ -332,7 +334,7 @@ def summary_of(results: list[dict]) -> str:
     columns = sorted({(r["sigma"], -r["budget"]) for r in results if r["budget"] < 1 and r["n"] == 1000})
     titles = [f"{sigma:g}, {-100 * budget:g} %" for sigma, budget in columns]
     lines = [" | ".join(["| method; sigma, budget", *titles]) + " |", "|---" * (1 + len(columns)) + "|"]
-    for method in ["base", "control", *METHODS, "ARQ from f", "evolution from f"]:
+    for method in dict.fromkeys([*FLOAT, *METHODS, *AGENTS]):
         found = [at(results, method, sigma, -budget) for sigma, budget in columns]
         if any(found):
             acrs = [arq.shown(certify.average_certified_radius(rows_of(f))) if f else "" for f in found]

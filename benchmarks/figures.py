@@ -25,13 +25,14 @@ sys.path.insert(0, str(ROOT))
 import certify  # noqa: E402
 from benchmarks import compare  # noqa: E402
 
-# Marker and shade tell methods apart in grey, too; ARQ alone is red. Hollow: searched from the base itself.
+# Marker and shade tell methods apart in grey, too; ARQ alone is red. Hollow: a variant of the filled one.
 STYLES = {  # color, marker, line
     "ARQ": ("tab:red", "o", "-"),
     "ARQ estimate": ("tab:pink", "o", ":"),
     "ARQ from f": ("tab:red", "o", ":"),
     "uniform": ("black", "s", "--"),
     "evolution": ("tab:blue", "^", "-"),
+    "evolution with repeats": ("tab:cyan", "^", "--"),
     "evolution from f": ("tab:blue", "^", ":"),
     "random": ("dimgray", "x", ":"),
     "LIMPQ": ("tab:green", "D", "-."),
@@ -42,7 +43,8 @@ STYLES = {  # color, marker, line
 
 def style_of(method: str) -> dict:
     style = dict(zip(("color", "marker", "linestyle"), STYLES[method]))
-    hollow = {"markerfacecolor": "white"} if method.endswith(" from f") else {}
+    variant = method.endswith((" from f", " with repeats"))
+    hollow = {"markerfacecolor": "white"} if variant else {}
     return style | hollow | {"markersize": 6, "zorder": 3 + (method == "ARQ")}
 
 
@@ -167,7 +169,7 @@ def draw_radii(cells: list[dict]):
 
 def draw_searches(cells: list[dict]):
     """The best ACR on search images so far, by evaluation; HAQ's reward is another."""
-    names = "ARQ", "evolution", "random", "ARQ from f", "evolution from f"
+    names = "ARQ", "evolution", "random", "ARQ from f", "evolution with repeats", "evolution from f"
     searched = [c for c in cells if c["method"] in names]
     groups = sorted({(c["sigma"], c["budget"]) for c in searched}, key=lambda g: (g[0], -g[1]))
     if not groups:

@@ -63,9 +63,9 @@ class RandomAgent(DDPG):
 class EvolutionAgent(DDPG):
     """Evolution as in single-path one-shot search (Guo et al., 2020, Algorithm 1), one child at a time: after
     as many random policies as the agent has, half of the children mix two of the ten best, half change a
-    tenth of one's actions at random."""
+    tenth of one's actions at random. A child with the bits of an earlier one is bred again."""
 
-    parents, mutation = 10, 0.1
+    parents, mutation, distinct = 10, 0.1, True
 
     def learn(self, states, actions, reward):
         self.replay.append((actions, reward))
@@ -80,6 +80,18 @@ class EvolutionAgent(DDPG):
 
     def offspring(self) -> list[float]:
         """The actions of a new policy."""
+        seen = {self.bits(actions.flatten().tolist()) for actions, _ in self.replay}
+        for _ in range(100):  # of a small space all may be known
+            child = self.bred()
+            if not self.distinct or self.bits(child) not in seen:
+                break
+        return child
+
+    @staticmethod
+    def bits(actions: list[float]) -> tuple[int, ...]:
+        return tuple(map(arq.BitWidthEnvironment.bits, actions))
+
+    def bred(self) -> list[float]:
         best = sorted(self.replay, key=lambda one: one[1], reverse=True)[: self.parents]
         first, second = torch.randint(len(best), (2,), generator=self.generator).tolist()
         mother, father = best[first][0].flatten(), best[second][0].flatten()
@@ -87,6 +99,12 @@ class EvolutionAgent(DDPG):
         if torch.rand((), generator=self.generator) < 0.5:
             return torch.where(cross < 0.5, mother, father).tolist()
         return torch.where(mutate < self.mutation, fresh, mother).tolist()
+
+
+class RepeatingEvolution(EvolutionAgent):
+    """The same with whatever children come, as some cells of the comparison have it."""
+
+    distinct = False
 
 
 def accuracy_evaluator(evaluate: arq.PolicyEvaluator, images: Tensor, labels, config) -> arq.PolicyEvaluator:
