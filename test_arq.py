@@ -1359,6 +1359,19 @@ def test_best_step_beats_its_neighbours_and_widths_change_at_any_time():
         models.set_policy(classifier, policy)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_quantizes_to_the_same_integers():
+    generator = torch.Generator().manual_seed(0)
+    for shape, steps in (((50, 16, 8, 8), ()), ((64, 32, 3, 3), (64, 1, 1, 1))):
+        v = torch.randn(shape, generator=generator)
+        step = 0.01 + 0.1 * torch.rand(steps, generator=generator)
+        for limits in ((0, 15), (-8, 7), (-127, 127)):
+            on_gpu = models.quantize(v.cuda(), step.cuda(), *limits)
+            assert torch.equal(on_gpu.cpu(), models.quantize(v, step, *limits))
+    broken = models.quantize(torch.tensor([math.nan]).cuda(), torch.tensor(1.0).cuda(), 0, 3)
+    assert broken.isnan().all()  # and is refused later, not hidden
+
+
 def test_another_quantizer_is_one_class(tmp_path):
     """Calibrated, set to 4 bits, trained for a step, frozen, packed: nothing else knows of it."""
     classifier, images = noisy_network("resnet8", 1.0, quantizer=MinMax)
