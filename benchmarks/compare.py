@@ -5,7 +5,8 @@
 A cell is (method, sigma, budget, seed). Each finished one is a JSON and its certificates under
 results/compare/; the command goes on where it stopped, in the order of CELLS, and ends with the table.
 --checkpoints holds resnet20_cifar10_sigma{0.25,0.50,1.00}.pt, --data the images of CIFAR-10.
---cells: only those named, or whose names begin so. --table: print the table of what is there, and stop.
+--cells: only those named, or whose names begin so; several commands may work on different ones at a time.
+--table: print the tables of what is there, and stop.
 """
 
 import argparse
@@ -386,12 +387,19 @@ def main(argv=None) -> None:
     with contextlib.suppress(OSError, AttributeError, TypeError):  # as in arq.main
         ctypes.CDLL(None).mallopt(-3, 2**30)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    whole = {name_of(c) for c in CELLS} & set(options.cells)
+    names = {name_of(c) for c in CELLS}
+    unknown = [text for text in options.cells if not any(name.startswith(text) for name in names)]
+    if unknown:
+        parser.error(f"--cells {unknown[0]}: no cell is named so; one is {min(names)}")
+    whole = names & set(options.cells)
     for c in [] if options.table else CELLS:
         name = name_of(c)
         wanted = name in whole or any(name.startswith(start) for start in options.cells if start not in whole)
         if wanted and not (OUT / f"{name}.json").exists():
-            run(c, options.data, options.checkpoints)
+            try:
+                run(c, options.data, options.checkpoints)
+            except ValueError as error:  # a missing file, another process at work
+                parser.error(str(error))
     parts = headline_of, summary_of, table_of, paired_of, costs_of
     print(*(part(finished()) for part in parts), sep="\n\n")
 
