@@ -323,10 +323,8 @@ def paired_of(results: list[dict]) -> str:
             pair = [r for r in ours if r["seed"] in seeds], theirs
             if theirs and seeds:
                 difference = certify.acr_difference(*map(rows_of, pair))
-                where = (
-                    f"sigma {sigma:g}, {100 * budget:g} %, n = {n:,}, {len(seeds)} seeds: ARQ less {method}"
-                )
-                lines.append("{}: {:+.4f} +- {:.4f}".format(where, *difference))
+                where = f"sigma {sigma:g}, {100 * budget:g} %, n = {n:,}, seeds {sorted(seeds)}"
+                lines.append("{}: ARQ less {}: {:+.4f} +- {:.4f}".format(where, method, *difference))
     return "\n".join(lines)
 
 

@@ -480,6 +480,7 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
     monkeypatch.setattr(compare, "OUT", tmp_path / "results")
     monkeypatch.setattr(compare, "WORK", tmp_path / "runs")
     words = "--dataset shapes --device cpu --episodes 3 --finetune-steps 1 --finalists 1 --search-images 12"
+    words += " --image-size 16"
     monkeypatch.setattr(
         compare, "FRAME", f"{words} --search-n 40 --n-p 20 --finetune-epochs 0.03 --images 6 --n0 20"
     )
@@ -490,7 +491,7 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
     torch.manual_seed(0)
     base = models.build_classifier("resnet8", 10)
     config = arq.parse_config("--device cpu --batch-size 64".split())
-    arq.train(base, arq.draw_shapes(2000, seed=0, size=32), config, 120, 0.2, "base")
+    arq.train(base, arq.draw_shapes(2000, seed=0, size=16), config, 120, 0.2, "base")
     torch.save(base.state_dict(), tmp_path / "resnet20_cifar10_sigma0.25.pt")
     command = ["--data", str(tmp_path), "--checkpoints", str(tmp_path)]
     compare.main(command)
