@@ -2554,7 +2554,7 @@ def test_an_unreadable_image_in_an_epoch(tmp_path, monkeypatch, capsys):
     image_tree(tmp_path / "data")
     options = (
         "--arch resnet8 --epochs 3 --episodes 2 --finetune-steps 1 --finetune-epochs 0.5 "
-        "--n 20 --search-n 10 --n-p 10 --workers 1 --image-size 72 --data data --out run"
+        "--n 20 --search-n 10 --n-p 10 --workers 1 --image-size 72 --data data --out run --finalists 0"
     )
     command = [*FOLDER, *options.split()]
     victim = Path("data/train/dark/08.png")  # not among the images that name the set
@@ -2679,7 +2679,7 @@ def test_224_pixels_go_through_every_stage(tmp_path, monkeypatch):
     command = (
         "--dataset imagenet --data data --epochs 1 --batch-size 2 --search-images 2 --search-n 10 "
         "--n-p 10 --images 2 --n 10 --n0 5 --episodes 1 --finetune-steps 1 --finetune-epochs 0.5 "
-        "--eval-batch 2 --device cpu --out run"
+        "--eval-batch 2 --device cpu --out run --finalists 0"
     )
     assert arq.main(["--arch", "mobilenet_v2", *command.split()]) == 0
     results = json.loads(Path("run/results.json").read_text())

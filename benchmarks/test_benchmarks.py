@@ -491,7 +491,7 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
     torch.manual_seed(0)
     base = models.build_classifier("resnet8", 10)
     config = arq.parse_config("--device cpu --batch-size 64".split())
-    arq.train(base, arq.draw_shapes(2000, seed=0, size=16), config, 120, 0.2, "base")
+    arq.train(base, arq.draw_shapes(2000, seed=0, size=16), config, 250, 0.2, "base")
     torch.save(base.state_dict(), tmp_path / "resnet20_cifar10_sigma0.25.pt")
     command = ["--data", str(tmp_path), "--checkpoints", str(tmp_path)]
     compare.main(command)
