@@ -32,6 +32,7 @@ from benchmarks import rivals, shared  # noqa: E402
 from ddpg import DDPG  # noqa: E402
 
 OUT, WORK = ROOT / "results" / "compare", ROOT / "runs" / "compare"
+CPU = ROOT / "results" / "compare-cpu"  # some cells that ran on CPUs, too
 FRAME = """--dataset cifar10 --images 500 --n0 100 --n 1000 --episodes 100 --finetune-steps 12
  --search-images 200 --search-n 1000 --n-p 250 --finetune-epochs 4 --distill 0.7"""
 SHARED_EPOCHS = 1
@@ -371,8 +372,34 @@ def costs_of(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def finished() -> list[dict]:
-    return [json.loads(file.read_text()) for file in sorted(OUT.glob("*.json"))]
+def rewards_of(results: list[dict]) -> str:
+    """Markdown: means of a search's rewards, as ACR, by twenty evaluations."""
+    columns = [f"{first + 1} to {first + 20}" for first in range(0, 100, 20)]
+    lines = [f"| rewards' ACR by evaluation | {' | '.join(columns)} |", "|---" * 6 + "|"]
+    names = "ARQ", "evolution", "evolution with repeats", "random", "ARQ from f", "evolution from f"
+    for sigma, budget in sorted({(r["sigma"], -r["budget"]) for r in results if r["budget"] < 1}):
+        for r in (r for name in names for r in at(results, name, sigma, -budget)):
+            means = [statistics.fmean(r["search_acr"][first : first + 20]) for first in range(0, 100, 20)]
+            where = f"| {r['method']}, sigma {sigma:g}, {-100 * budget:g} %, seed {r['seed']}"
+            lines.append(" | ".join([where, *(f"{mean:.4f}" for mean in means)]) + " |")
+    return "\n".join(lines)
+
+
+def repeated_of(results: list[dict]) -> str:
+    """Markdown: the cells of results/compare-cpu/ beside those of the same name."""
+    lines = ["| sigma 0.25 | ACR on CPUs | less base's | on the GPU | less base's |", "|---" * 5 + "|"]
+    for c in sorted(finished(CPU), key=lambda c: (-c["budget"], -c["acr"])):
+        (again,) = [r for r in results if name_of(r) == name_of(c)]
+        row = [c["method"] if c["budget"] == 1 else f"{c['method']}, {100 * c['budget']:g} %"]
+        for r in (c, again):
+            less = "" if c["method"] == "base" else "{mean:+.4f}".format(**r["acr_difference"])
+            row += [arq.shown(r["acr"]), less]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def finished(folder: Path | None = None) -> list[dict]:
+    return [json.loads(file.read_text()) for file in sorted((folder or OUT).glob("*.json"))]
 
 
 def main(argv=None) -> None:
@@ -398,8 +425,10 @@ def main(argv=None) -> None:
                 run(c, options.data, options.checkpoints)
             except ValueError as error:  # a missing file, another process at work
                 parser.error(str(error))
-    parts = headline_of, summary_of, table_of, paired_of, costs_of
+    parts = headline_of, summary_of, table_of, paired_of, costs_of, rewards_of
     print(*(part(finished()) for part in parts), sep="\n\n")
+    if {name_of(c) for c in finished(CPU)} <= {name_of(r) for r in finished()}:
+        print("", repeated_of(finished()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -532,6 +532,7 @@ def test_what_is_written_of_the_comparison_is_what_its_cells_hold():
     rows = set(compare.table_of(cells).splitlines()) - {""}
     short = {*compare.headline_of(cells).splitlines(), *compare.summary_of(cells).splitlines()}
     rest = {*compare.costs_of(cells).splitlines(), *compare.paired_of(cells).splitlines()}
+    rest |= {*compare.rewards_of(cells).splitlines(), *compare.repeated_of(cells).splitlines()}
     first, second = (
         set((compare.ROOT / name).read_text().splitlines()) for name in ("README.md", "results/README.md")
     )
