@@ -2215,14 +2215,14 @@ def test_the_default_reward_is_the_published_one():
 
 
 SMALL = (
-    "--epochs 2 --image-size 16 --episodes 4 --finetune-steps 1 --finetune-epochs 0.5 --images 6 --n 200 "
-    "--search-images 12 --search-n 100 --n-p 50 --n0 20 --finalists 2 --distill 0.5 --device cpu"
+    "--epochs 2 --image-size 12 --episodes 4 --finetune-steps 1 --finetune-epochs 0.2 --images 6 --n 200 "
+    "--search-images 12 --search-n 100 --n-p 50 --n0 20 --finalists 2 --distill 0.5 --device cpu --sigma 0.1"
 ).split()
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The whole method, once: two epochs of training, four episodes, half an epoch of fine-tuning."""
+    """The whole method, once: two epochs of training, four episodes, a fifth of an epoch of fine-tuning."""
     folder = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -2250,7 +2250,7 @@ def test_a_run_leaves_what_others_script_against(finished_run):
     assert all({"seconds", "forward_passes"} <= stage.keys() for stage in results["stages"].values())
     passes = {name: stage["forward_passes"] for name, stage in results["stages"].items()}
     assert passes["train the base"] == 2 * 62 * 128
-    assert passes["fine-tune"] == 2 * 31 * 128  # the network's, and the teacher's of --distill
+    assert passes["fine-tune"] == 2 * 12 * 128  # the network's, and the teacher's of --distill
     assert passes["certify ARQ, test images"] == 6 * 220
     again = 2 * (2 * 128 + 12 * (20 + 100))  # finalists: twice the training, all images, fresh samples
     right, rest = divmod(passes["search"] - 4 * 128 - again, 4 * 50)  # 50 samples an image of right class

@@ -33,12 +33,14 @@ from ddpg import DDPG  # noqa: E402
 
 OUT, WORK = ROOT / "results" / "compare", ROOT / "runs" / "compare"
 CPU = ROOT / "results" / "compare-cpu"  # some cells that ran on CPUs, too
-FRAME = """--dataset cifar10 --images 500 --n0 100 --n 1000 --episodes 100 --finetune-steps 12
+FRAME = """--dataset cifar10 --images 500 --n0 100 --n 1000 --episodes 100
  --search-images 200 --search-n 1000 --n-p 250 --finetune-epochs 4 --distill 0.7"""
+STEPS = 12  # of training in an episode; twice as many where a method's name says so
 SHARED_EPOCHS = 1
 AGENTS = {"random": rivals.RandomAgent, "evolution": rivals.EvolutionAgent}
 AGENTS |= {"HAQ": DDPG, "ARQ estimate": DDPG, "ARQ": DDPG}
 AGENTS |= {"evolution with repeats": rivals.RepeatingEvolution}
+AGENTS |= {"ARQ 24 steps": DDPG, "evolution 24 steps": rivals.EvolutionAgent}
 AGENTS |= {"ARQ from f": DDPG, "evolution from f": rivals.RepeatingEvolution}  # without shared.py
 METHODS = ["ARQ", "uniform", "evolution", "random", "LIMPQ", "ARQ estimate", "HAQ", "NIPQ"]
 FLOAT = ["base", "control"]  # no policy; the control is fine-tuned as all are
@@ -57,6 +59,7 @@ CELLS += [cell(method, 0.25, 0.006) for method in FEW]
 CELLS += [cell(method, sigma, 0.008) for sigma in (0.5, 1.0) for method in FEW]
 SEEDED = "ARQ", "evolution", "random", "LIMPQ"
 CELLS += [cell(method, 0.25, budget, seed=1) for budget in (0.008, 0.015) for method in SEEDED]
+CELLS += [cell(f"{method} 24 steps", 0.25, 0.008, s) for method in ("ARQ", "evolution") for s in (0, 1)]
 CELLS += [c | {"method": "evolution with repeats"} for c in CELLS if c["method"] == "evolution"]
 CELLS += [cell(method, s, 0.015, n=10_000) for s in (0.25, 0.5, 1.0) for method in (*FLOAT, "ARQ")]
 
@@ -75,7 +78,9 @@ class Frame:
     def __init__(self, c: dict, data: str, checkpoints: Path):
         checkpoint = checkpoints / f"resnet20_cifar10_sigma{c['sigma']:.2f}.pt"
         budget = 0.5 if c["method"] in FLOAT else c["budget"]  # a float network has none
-        words = f"{FRAME} --sigma {c['sigma']} --budget {budget} --seed {c['seed']} --n {c['n']}"
+        steps = 2 * STEPS if c["method"].endswith(" 24 steps") else STEPS
+        words = f"{FRAME} --finetune-steps {steps} --sigma {c['sigma']} --budget {budget}"
+        words += f" --seed {c['seed']} --n {c['n']}"
         reward = "estimate" if c["method"] == "ARQ estimate" else "irs"
         files = ["--data", data, "--checkpoint", str(checkpoint), "--reward", reward]
         self.config = config = arq.parse_config(words.split() + files)
@@ -88,7 +93,7 @@ class Frame:
 
     def stages(self, folder: Path, *names: str) -> arq.Stages:
         """Resumable stages of a folder, resting on the frame's options, but for what its name says."""
-        own = dict.fromkeys(("out", "n", "reward"))
+        own = dict.fromkeys(("out", "n", "reward")) | {"finetune_steps": STEPS}
         key = vars(self.config) | own | {"data": self.train_images.fingerprint()}
         key["checkpoint"] = arq.digest(Path(self.config.checkpoint).read_bytes())
         stages = arq.Stages(folder / "state.pt", dict.fromkeys(names, key))
@@ -205,7 +210,7 @@ def run(c: dict, data: str, checkpoints: Path) -> None:
     results |= costs(method, config, work / "search.jsonl", stages)
     if method in AGENTS and not frame.from_base:
         results["stages"]["train for all policies"] = {k: frame.start[1][k] for k in SPENT}
-        steps = SHARED_EPOCHS * (len(frame.train_images) // config.batch_size)
+        steps = int(SHARED_EPOCHS * (len(frame.train_images) // config.batch_size))
         results["training_images_of_the_choice"] += steps * config.batch_size
     if method == "ARQ" and c["budget"] == 0.015 and c["seed"] == 0:
         arq.write_whole(OUT / f"{name}.arq", file.read_bytes())

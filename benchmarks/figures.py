@@ -28,10 +28,12 @@ from benchmarks import compare  # noqa: E402
 # Marker and shade tell methods apart in grey, too; ARQ alone is red. Hollow: a variant of the filled one.
 STYLES = {  # color, marker, line
     "ARQ": ("tab:red", "o", "-"),
+    "ARQ 24 steps": ("tab:red", "*", "--"),
     "ARQ estimate": ("tab:pink", "o", ":"),
     "ARQ from f": ("tab:red", "o", ":"),
     "uniform": ("black", "s", "--"),
     "evolution": ("tab:blue", "^", "-"),
+    "evolution 24 steps": ("tab:blue", "*", "--"),
     "evolution with repeats": ("tab:cyan", "^", "--"),
     "evolution from f": ("tab:blue", "^", ":"),
     "random": ("dimgray", "x", ":"),

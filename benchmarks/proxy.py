@@ -4,12 +4,13 @@
 
 The policies are those of compare.py's finished cells of that sigma and budget, seed 0, whose networks are
 still under runs/compare/. Each gets an episode's reward (IRS, in the cells' frame) from the base and from the
-network that shared.py makes. The truth is the ACR of the cell's network on the same search images (n = 1,000,
-the noise of finalists): no test image is used. Prints a table with Kendall's tau, and keeps its rows in
-results/proxy.json.
+network that shared.py makes in one epoch or in four, after 12 training steps or 24. The truth is the ACR of
+the cell's network on the same search images (n = 1,000, the noise of finalists): no test image is used. It
+prints a table with Kendall's tau, and keeps its rows in results/proxy.json.
 """
 
 import argparse
+import copy
 import json
 import sys
 from pathlib import Path
@@ -20,15 +21,21 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import arq  # noqa: E402
 import models  # noqa: E402
-from benchmarks import compare  # noqa: E402
+from benchmarks import compare, shared  # noqa: E402
 
-OUT = ROOT / "results" / "proxy.json"
-STARTS = {"base": "ARQ from f", "shared": "ARQ"}  # and a method of compare.py that starts there
+OUT, WORK = ROOT / "results" / "proxy.json", ROOT / "runs" / "proxy"
+STARTS = {  # epochs of shared.py, and the method of compare.py that starts there or has as many steps
+    "base": (0, "ARQ from f"),
+    "1 epoch": (1, "ARQ"),
+    "1 epoch, 24 steps": (1, "ARQ 24 steps"),
+    "4 epochs": (4, "ARQ"),
+    "4 epochs, 24 steps": (4, "ARQ 24 steps"),
+}
 
 
 def table_of(found: dict) -> str:
-    lines = ["| policy of | reward from the base | from the shared network | ACR of the final network |"]
-    lines += ["|---" * 4 + "|"]
+    titles = " | ".join(f"reward, {start}" for start in STARTS)
+    lines = [f"| policy of | {titles} | ACR of the final network |", "|---" * (2 + len(STARTS)) + "|"]
     for sigma, budget in sorted({(row["sigma"], row["budget"]) for row in found.values()}):
         rows = [row for row in found.values() if (row["sigma"], row["budget"]) == (sigma, budget)]
         for row in sorted(rows, key=lambda row: -row["final"]):
@@ -36,8 +43,23 @@ def table_of(found: dict) -> str:
             where = f"{row['method']}, sigma {sigma:g}, {100 * budget:g} %"
             lines.append(f"| {where} | {rewards} | {row['final']:.4f} |")
         taus = [kendalltau([r[start] for r in rows], [r["final"] for r in rows])[0] for start in STARTS]
-        lines.append(f"| Kendall's tau of these {len(rows)} | {taus[0]:.2f} | {taus[1]:.2f} | |")
+        shown = " | ".join(f"{tau:.2f}" for tau in taus)
+        lines.append(f"| Kendall's tau of these {len(rows)} | {shown} | |")
     return "\n".join(lines)
+
+
+def network_of(frame: compare.Frame, epochs: int) -> models.Classifier:
+    """What episodes start from: the base, the comparison's shared network, or one trained longer."""
+    if epochs <= 1:
+        return frame.start[0]
+    config, network = frame.config, copy.deepcopy(frame.base)
+    file = WORK / f"sigma{config.sigma:g}-budget{config.budget:g}-epochs{epochs}.pt"
+    if not file.exists():
+        environment = arq.BitWidthEnvironment(frame.table, config.budget)
+        of = frame.base, environment, frame.train_images, frame.search_images, config, epochs
+        arq.write_whole(file, shared.train_shared(*of, save=lambda state: None))
+    network.load_state_dict(arq.read_state(file))
+    return network
 
 
 def main(argv=None) -> None:
@@ -51,11 +73,16 @@ def main(argv=None) -> None:
     place = options.sigma, options.budget, 0, 1000
     cells = [r for r in compare.finished() if (r["sigma"], r["budget"], r["seed"], r["n"]) == place]
     files = {compare.name_of(r): compare.WORK / compare.name_of(r) / "model.arq" for r in cells}
-    missing = [r for r in cells if compare.name_of(r) not in found and files[compare.name_of(r)].exists()]
-    for start, method in STARTS.items() if missing else ():
+    kept = "method", "sigma", "budget", "policy", "seed", "n"
+    cells = [{name: r[name] for name in kept} for r in cells if files[compare.name_of(r)].exists()]
+    here = [r | found.get(compare.name_of(r), {}) for r in cells]
+    for start, (epochs, method) in STARTS.items():
+        missing = [r for r in here if start not in r]
+        if not missing:
+            continue
         cell = compare.cell(method, options.sigma, options.budget)
         frame = compare.Frame(cell, options.data, options.checkpoints)
-        of = frame.start[0], frame.train_images, frame.search_images, frame.config
+        of = network_of(frame, epochs), frame.train_images, frame.search_images, frame.config
         evaluate, final, cache = (
             arq.policy_evaluator(*of),
             arq.policy_evaluator(*of, final=True),
@@ -67,9 +94,8 @@ def main(argv=None) -> None:
                 network = models.load_model(files[compare.name_of(r)])[0]
                 radii = final.certificate(network, cache)
                 r["final"] = sum(radii) / len(radii)
-            print(f"{r['method']}, from the {start}: {r[start]:.4f}, final {r['final']:.4f}", flush=True)
-    names = ("method", "sigma", "budget", "policy", "final", *STARTS)
-    found |= {compare.name_of(r): {name: r[name] for name in names} for r in missing}
+            print(f"{r['method']}, {start}: {r[start]:.4f}, final {r['final']:.4f}", flush=True)
+    found |= {compare.name_of(r): r for r in here}
     arq.write_whole(OUT, found)
     print(table_of(found))
 

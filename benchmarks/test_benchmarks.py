@@ -480,13 +480,14 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
     paired difference that of base's; a finished cell is not computed again."""
     monkeypatch.setattr(compare, "OUT", tmp_path / "results")
     monkeypatch.setattr(compare, "WORK", tmp_path / "runs")
-    words = "--dataset shapes --device cpu --episodes 3 --finetune-steps 1 --finalists 1 --search-images 12"
-    words += " --image-size 16"
-    monkeypatch.setattr(
-        compare, "FRAME", f"{words} --search-n 40 --n-p 20 --finetune-epochs 0.03 --images 6 --n0 20"
-    )
-    left_out = ("random", "ARQ estimate")  # they go the way of evolution and ARQ
+    words = "--dataset shapes --device cpu --episodes 3 --finalists 1 --search-images 12 --image-size 16"
+    words += " --search-n 40 --n-p 20 --finetune-epochs 0.03 --images 6 --n0 20"
+    monkeypatch.setattr(compare, "FRAME", words)
+    monkeypatch.setattr(compare, "STEPS", 1)
+    monkeypatch.setattr(compare, "SHARED_EPOCHS", 0.05)
+    left_out = ("random", "ARQ estimate", "evolution")  # they go the way of HAQ and ARQ
     methods = [one for one in [*compare.FLOAT, *compare.METHODS] if one not in left_out]
+    methods.append("evolution 24 steps")
     cells = [compare.cell(method, 0.25, 0.02) for method in methods]
     monkeypatch.setattr(compare, "CELLS", [cell | {"n": 50} for cell in cells])
     torch.manual_seed(0)
@@ -504,6 +505,9 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
         assert cell["acr"] == certify.average_certified_radius(rows) and len(rows) == 6
         assert cell["acr_difference"]["mean"] == certify.acr_difference(rows, base_rows)[0]
         assert cell["evaluations"] == (4 if method in compare.AGENTS else 0)
+        if method in compare.AGENTS:  # three episodes, and a finalist for twice as long
+            steps = 3 + (3 + 2) * (2 if method.endswith("24 steps") else 1)
+            assert cell["training_images_of_the_choice"] == steps * 128
         assert (cell["bitops_ratio"] == 1) if method in compare.FLOAT else (cell["bitops_ratio"] <= 0.02)
     capsys.readouterr()
     compare.main(command)
