@@ -42,6 +42,7 @@ AGENTS |= {"HAQ": DDPG, "ARQ estimate": DDPG, "ARQ": DDPG}
 AGENTS |= {"evolution with repeats": rivals.RepeatingEvolution}
 AGENTS |= {"ARQ 24 steps": DDPG, "evolution 24 steps": rivals.EvolutionAgent}
 AGENTS |= {"ARQ from f": DDPG, "evolution from f": rivals.RepeatingEvolution}  # without shared.py
+GRADIENT = {"LIMPQ": rivals.limpq, "LIMPQ 24 steps": rivals.limpq, "NIPQ": rivals.nipq}
 METHODS = ["ARQ", "uniform", "evolution", "random", "LIMPQ", "ARQ estimate", "HAQ", "NIPQ"]
 FLOAT = ["base", "control"]  # no policy; the control is fine-tuned as all are
 
@@ -59,7 +60,8 @@ CELLS += [cell(method, 0.25, 0.006) for method in FEW]
 CELLS += [cell(method, sigma, 0.008) for sigma in (0.5, 1.0) for method in FEW]
 SEEDED = "ARQ", "evolution", "random", "LIMPQ"
 CELLS += [cell(method, 0.25, budget, seed=1) for budget in (0.008, 0.015) for method in SEEDED]
-CELLS += [cell(f"{method} 24 steps", 0.25, 0.008, s) for method in ("ARQ", "evolution") for s in (0, 1)]
+LONGER = [f"{method} 24 steps" for method in ("ARQ", "LIMPQ", "evolution")]
+CELLS += [cell(method, 0.25, 0.008, seed) for method in LONGER for seed in (0, 1)]
 CELLS += [c | {"method": "evolution with repeats"} for c in CELLS if c["method"] == "evolution"]
 CELLS += [cell(method, s, 0.015, n=10_000) for s in (0.25, 0.5, 1.0) for method in (*FLOAT, "ARQ")]
 
@@ -145,13 +147,11 @@ def choose(method: str, frame: Frame, log: Path, state, save) -> models.Policy:
     elif method == "uniform":
         policy = rivals.uniform(table, budget)
     else:  # as many batches as the evaluations of a search train on
-        passes = 1 + len(rivals.WIDTHS) if method == "LIMPQ" else 1
+        passes = 1 + len(rivals.WIDTHS) if GRADIENT[method] is rivals.limpq else 1
         steps = config.episodes * config.finetune_steps // passes
         calibrate = partial(arq.calibrate, images=frame.search_images, config=config)
         train = partial(arq.train, images=frame.train_images, config=config, steps=steps, lr=arq.FINETUNE_LR)
-        policy = {"LIMPQ": rivals.limpq, "NIPQ": rivals.nipq}[method](
-            copy.deepcopy(frame.base), table, budget, calibrate, train
-        )
+        policy = GRADIENT[method](copy.deepcopy(frame.base), table, budget, calibrate, train)
     return policy
 
 
@@ -240,7 +240,7 @@ def costs(method: str, config, log: Path, stages: arq.Stages) -> dict:
     finalists = [record["acr"] for record in records if record.get("finalist")]
     found = {"search_acr": [r["acr"] for r in records if not r.get("finalist")], "finalist_acr": finalists}
     steps = config.finetune_steps * (len(records) + len(finalists))
-    if method in ("NIPQ", "LIMPQ"):
+    if method in GRADIENT:
         steps = config.episodes * config.finetune_steps
     found |= {"evaluations": len(records), "training_images_of_the_choice": steps * config.batch_size}
     kept = {name: record for name, record in stages.records.items() if record["finished"]}
@@ -339,7 +339,7 @@ def summary_of(results: list[dict]) -> str:
     columns = sorted({(r["sigma"], -r["budget"]) for r in results if r["budget"] < 1 and r["n"] == 1000})
     titles = [f"{sigma:g}, {-100 * budget:g} %" for sigma, budget in columns]
     lines = [" | ".join(["| method; sigma, budget", *titles]) + " |", "|---" * (1 + len(columns)) + "|"]
-    for method in dict.fromkeys([*FLOAT, *METHODS, *AGENTS]):
+    for method in dict.fromkeys([*FLOAT, *METHODS, *GRADIENT, *AGENTS]):
         found = [at(results, method, sigma, -budget) for sigma, budget in columns]
         if any(found):
             acrs = [arq.shown(certify.average_certified_radius(rows_of(f))) if f else "" for f in found]

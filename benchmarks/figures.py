@@ -38,6 +38,7 @@ STYLES = {  # color, marker, line
     "evolution from f": ("tab:blue", "^", ":"),
     "random": ("dimgray", "x", ":"),
     "LIMPQ": ("tab:green", "D", "-."),
+    "LIMPQ 24 steps": ("tab:green", "*", "--"),
     "HAQ": ("tab:orange", "v", "--"),
     "NIPQ": ("tab:purple", "P", "-."),
 }
