@@ -40,7 +40,7 @@ SHARED_EPOCHS = 1
 AGENTS = {"random": rivals.RandomAgent, "evolution": rivals.EvolutionAgent}
 AGENTS |= {"HAQ": DDPG, "ARQ estimate": DDPG, "ARQ": DDPG}
 AGENTS |= {"evolution with repeats": rivals.RepeatingEvolution}
-AGENTS |= {"ARQ 24 steps": DDPG, "evolution 24 steps": rivals.EvolutionAgent}
+AGENTS |= {"ARQ 24 steps": DDPG}
 AGENTS |= {"ARQ from f": DDPG, "evolution from f": rivals.RepeatingEvolution}  # without shared.py
 GRADIENT = {"LIMPQ": rivals.limpq, "LIMPQ 24 steps": rivals.limpq, "NIPQ": rivals.nipq}
 METHODS = ["ARQ", "uniform", "evolution", "random", "LIMPQ", "ARQ estimate", "HAQ", "NIPQ"]
@@ -60,8 +60,8 @@ CELLS += [cell(method, 0.25, 0.006) for method in FEW]
 CELLS += [cell(method, sigma, 0.008) for sigma in (0.5, 1.0) for method in FEW]
 SEEDED = "ARQ", "evolution", "random", "LIMPQ"
 CELLS += [cell(method, 0.25, budget, seed=1) for budget in (0.008, 0.015) for method in SEEDED]
-LONGER = [f"{method} 24 steps" for method in ("ARQ", "LIMPQ", "evolution")]
-CELLS += [cell(method, 0.25, 0.008, seed) for method in LONGER for seed in (0, 1)]
+LONGER = cell("ARQ 24 steps", 0.25, 0.008), cell("LIMPQ 24 steps", 0.25, 0.008)
+CELLS += [*LONGER, LONGER[0] | {"seed": 1}]
 CELLS += [c | {"method": "evolution with repeats"} for c in CELLS if c["method"] == "evolution"]
 CELLS += [cell(method, s, 0.015, n=10_000) for s in (0.25, 0.5, 1.0) for method in (*FLOAT, "ARQ")]
 

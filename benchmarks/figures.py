@@ -33,7 +33,6 @@ STYLES = {  # color, marker, line
     "ARQ from f": ("tab:red", "o", ":"),
     "uniform": ("black", "s", "--"),
     "evolution": ("tab:blue", "^", "-"),
-    "evolution 24 steps": ("tab:blue", "*", "--"),
     "evolution with repeats": ("tab:cyan", "^", "--"),
     "evolution from f": ("tab:blue", "^", ":"),
     "random": ("dimgray", "x", ":"),
