@@ -381,7 +381,8 @@ def rewards_of(results: list[dict]) -> str:
     """Markdown: means of a search's rewards, as ACR, by twenty evaluations."""
     columns = [f"{first + 1} to {first + 20}" for first in range(0, 100, 20)]
     lines = [f"| rewards' ACR by evaluation | {' | '.join(columns)} |", "|---" * 6 + "|"]
-    names = "ARQ", "evolution", "evolution with repeats", "random", "ARQ from f", "evolution from f"
+    names = ["ARQ", "ARQ 24 steps", "evolution", "evolution with repeats", "random"]
+    names += ["ARQ from f", "evolution from f"]
     for sigma, budget in sorted({(r["sigma"], -r["budget"]) for r in results if r["budget"] < 1}):
         for r in (r for name in names for r in at(results, name, sigma, -budget)):
             means = [statistics.fmean(r["search_acr"][first : first + 20]) for first in range(0, 100, 20)]
