@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import arq
 import certify
 import models
-from benchmarks import compare, incremental, recipe, rivals, shared
+from benchmarks import compare, incremental, proxy, recipe, rivals, shared, surrogate
 from certify import ABSTAIN, Smooth
 from ddpg import DDPGConfig
 
@@ -554,10 +554,22 @@ def test_what_is_written_of_the_recipe_is_what_its_trials_hold(capsys):
     assert all(line in text for line in capsys.readouterr().out.splitlines())
 
 
+def test_what_is_written_of_the_searches_is_what_their_files_hold():
+    """The model fits as surrogate.json says, and results/README.md holds both tables."""
+    found = json.loads(surrogate.OUT.read_text())
+    rows = [json.loads(line) for line in surrogate.REWARDS.read_text().splitlines()]
+    x = surrogate.features(torch.tensor([row["bits"] for row in rows]))
+    offsets, y = torch.tensor([row["offset"] for row in rows]), torch.tensor([row["acr"] for row in rows])
+    assert surrogate.cross_validated(x, offsets, y.double()) == pytest.approx(found["fit"])
+    text = (compare.ROOT / "results" / "README.md").read_text()
+    assert surrogate.table_of(found) in text
+    assert proxy.table_of(json.loads(proxy.OUT.read_text())) in text
+
+
 # ---- the scripts ----
 
 SCRIPTS = "attack batchnorm certificates compare figures luck networks proxy".split()
-SCRIPTS += "ranking recipe resume scale search shapes shared speed steps".split()
+SCRIPTS += "ranking recipe resume scale search shapes shared speed steps surrogate".split()
 
 
 def test_every_script_is_tried():

@@ -1,0 +1,141 @@
+"""Agents on a model of real rewards: twenty searches in minutes, where one real search takes half an hour.
+
+    python benchmarks/surrogate.py [--seeds 20] [--collect]
+
+The rewards of compare.py's searches at sigma 0.25 and 0.8 % (800 policies, results/rewards.jsonl) are
+nearly a sum over operands, so ridge regression on the bit-widths predicts them: one value for each of 3, 4, 5
+and 6 or more bits, and 1 / (w_bits * a_bits) per layer. Each search (its start, images and noise) has an
+offset of its own. On that model, with the noise of one evaluation added, agents search as in the comparison,
+and the best of five finalists is reported by its true value. Writes results/surrogate.json.
+
+--collect: make results/rewards.jsonl again, from the search.jsonl of finished cells under runs/compare/.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import arq  # noqa: E402
+import models  # noqa: E402
+from benchmarks import compare, rivals  # noqa: E402
+from ddpg import DDPG, DDPGConfig  # noqa: E402
+
+REWARDS, OUT = ROOT / "results" / "rewards.jsonl", ROOT / "results" / "surrogate.json"
+BUDGET = 0.008
+SEARCHES = [(method, seed) for method in ("ARQ", "evolution with repeats", "random") for seed in (0, 1)]
+SEARCHES += [("evolution", seed) for seed in (0, 1)]
+OFFSETS = [0, 1, 0, 1, 0, 1, 2, 3]  # GPU and CPU cells of one seed started from different networks
+NOISE, AGAIN = 0.0024, 0.0015  # standard deviations of one evaluation (luck.py), and of a finalist's
+AGENTS = {  # and settings of DDPGConfig
+    "DDPG": (DDPG, {}),
+    "DDPG, discount 0": (DDPG, {"discount": 0.0}),
+    "evolution": (rivals.EvolutionAgent, {}),
+    "random": (rivals.RandomAgent, {}),
+}
+
+
+def collect() -> list[dict]:
+    """Every policy that those searches evaluated, with its ACR; finalists left out."""
+    found = []
+    for (method, seed), offset in zip(SEARCHES, OFFSETS):
+        name = compare.name_of(compare.cell(method, 0.25, BUDGET, seed))
+        for line in (compare.WORK / name / "search.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            if not record.get("finalist"):
+                bits = sum(list(record["policy"].values())[1:-1], [])
+                found.append({"offset": offset, "acr": round(record["acr"], 6), "bits": bits})
+    return found
+
+
+def features(bits: Tensor) -> Tensor:
+    """(policies, 40) bit-widths, weights and inputs in turn: 160 indicators and 20 products."""
+    known = F.one_hot(bits.clamp(max=6) - 2, 5)[..., 1:].flatten(1).double()
+    return torch.cat([known, 1 / (bits[:, 0::2] * bits[:, 1::2]).double()], 1)
+
+
+def fit(x: Tensor, offsets: Tensor, y: Tensor, ridge: float = 1.0) -> Tensor:
+    a = torch.cat([x, F.one_hot(offsets, 4).double()], 1)
+    penalty = ridge * torch.eye(a.shape[1], dtype=torch.float64)
+    penalty[-4:] *= 1e-6
+    return torch.linalg.solve(a.T @ a + penalty, a.T @ y)
+
+
+def cross_validated(x: Tensor, offsets: Tensor, y: Tensor) -> dict:
+    """What ten folds, each predicted from the others, say of the fit."""
+    predicted = torch.zeros_like(y)
+    for fold in torch.randperm(len(y), generator=torch.Generator().manual_seed(0)).chunk(10):
+        rest = torch.ones(len(y), dtype=torch.bool)
+        rest[fold] = False
+        known = torch.cat([x[fold], F.one_hot(offsets[fold], 4).double()], 1)
+        predicted[fold] = known @ fit(x[rest], offsets[rest], y[rest])
+    error = y - predicted
+    return {"r2": 1 - float(error.var() / y.var()), "residual": float(error.std()), "policies": len(y)}
+
+
+def search(kind, seed: int, table, value, **settings) -> float:
+    """The true value of the policy that a search of a hundred evaluations chooses."""
+    environment = arq.BitWidthEnvironment(table, BUDGET)
+    agent = kind(environment.state_size, seed, DDPGConfig(episodes=100, warmup_episodes=20, **settings))
+    generator, found = torch.Generator().manual_seed(10_000 + seed), []
+
+    def noisy(true: float, deviation: float) -> float:
+        return true + deviation * float(torch.randn((), generator=generator))
+
+    while agent.episode < agent.config.episodes:
+        states, actions, policy = environment.rollout(agent.act)
+        true = value(policy)
+        found.append((noisy(true, NOISE), true))
+        agent.learn(states, actions, (found[-1][0] - 0.3) / 0.3)
+    finalists = sorted(found, reverse=True)[:5]
+    return max((noisy(true, AGAIN), true) for _, true in finalists)[1]
+
+
+def table_of(results: dict) -> str:
+    fit = "fit, cross-validated: {policies} policies, R2 {r2:.3f}, residual {residual:.4f}"
+    lines = [fit.format(**results["fit"]), "", "| agent | true value of the choice | lowest | highest |"]
+    lines += ["|---" * 4 + "|"]
+    for name in AGENTS:
+        chosen = results[name]
+        mean, error = statistics.fmean(chosen), statistics.stdev(chosen) / len(chosen) ** 0.5
+        lines.append(f"| {name} | {mean:.4f} ({error:.4f}) | {min(chosen):.4f} | {max(chosen):.4f} |")
+    return "\n".join(lines)
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--collect", action="store_true")
+    options = parser.parse_args(argv)
+    if options.collect:
+        lines = (json.dumps(row) + "\n" for row in collect())
+        arq.write_whole(REWARDS, "".join(lines).encode())
+    found = [json.loads(line) for line in REWARDS.read_text().splitlines()]
+    offsets, y = torch.tensor([r["offset"] for r in found]), torch.tensor([r["acr"] for r in found]).double()
+    x = features(torch.tensor([r["bits"] for r in found]))
+    weights = fit(x, offsets, y)
+    table = models.quantize_model(copy.deepcopy(models.build_classifier("resnet20", 10)), 32)
+
+    def value(policy: models.Policy) -> float:
+        bits = torch.tensor([sum((policy[layer.name] for layer in table[1:-1]), [])])
+        return float(features(bits)[0] @ weights[:-4] + weights[-4])
+
+    results = {"fit": cross_validated(x, offsets, y)}
+    for name, (kind, settings) in AGENTS.items():
+        chosen = [search(kind, seed, table, value, **settings) for seed in range(options.seeds)]
+        results[name] = chosen
+        print(f"{name}: {statistics.fmean(chosen):.4f}", flush=True)
+    arq.write_whole(OUT, results)
+    print(table_of(results))
+
+
+if __name__ == "__main__":
+    main()
