@@ -115,6 +115,7 @@ def main(argv=None) -> None:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--collect", action="store_true")
     options = parser.parse_args(argv)
+    torch.set_num_threads(1)  # sums in another order would lead DDPG elsewhere
     if options.collect:
         lines = (json.dumps(row) + "\n" for row in collect())
         arq.write_whole(REWARDS, "".join(lines).encode())
