@@ -101,13 +101,23 @@ def search(kind, seed: int, table, value, **settings) -> float:
 
 def table_of(results: dict) -> str:
     fit = "fit, cross-validated: {policies} policies, R2 {r2:.3f}, residual {residual:.4f}"
-    lines = [fit.format(**results["fit"]), "", "| agent | true value of the choice | lowest | highest |"]
-    lines += ["|---" * 4 + "|"]
+    titles = (
+        "agent | true value of the choice | lowest | highest | DDPG less it | seeds in which DDPG is ahead"
+    )
+    lines = [fit.format(**results["fit"]), "", f"| {titles} |", "|---" * 6 + "|"]
     for name in AGENTS:
         chosen = results[name]
-        mean, error = statistics.fmean(chosen), statistics.stdev(chosen) / len(chosen) ** 0.5
-        lines.append(f"| {name} | {mean:.4f} ({error:.4f}) | {min(chosen):.4f} | {max(chosen):.4f} |")
+        cells = [name, mean_of(chosen, ".4f"), f"{min(chosen):.4f}", f"{max(chosen):.4f}", "", ""]
+        if name != "DDPG":
+            less = [ours - theirs for ours, theirs in zip(results["DDPG"], chosen)]
+            cells[4:] = mean_of(less, "+.4f"), f"{sum(one > 0 for one in less)} of {len(less)}"
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def mean_of(values: list[float], form: str) -> str:
+    """The mean, and its standard error over seeds."""
+    return f"{statistics.fmean(values):{form}} ({statistics.stdev(values) / len(values) ** 0.5:.4f})"
 
 
 def main(argv=None) -> None:
