@@ -248,7 +248,7 @@ class Config:  # every option; the command line is made from it
     start: str = option("float network that episodes start from, in place of the base", None, "search")
     episodes: int = option("search episodes, one policy each", (24, 600, 600), "search", 1)
     finetune_steps: int = option("training steps of a policy in its episode", (8, 20, 20), "search", 0)
-    finalists: int = option("best policies that are evaluated again, on other noise", 5, "search", 0)
+    finalists: int = option("best policies, all different, that are evaluated again", 5, "search", 0)
     finetune_epochs: float = option("epochs of the best policy", (3.0, 30.0, 10.0), "fine-tune", 0)
     distill: float = option("share of the base's softmax in fine-tuning's targets", 0.0, "fine-tune", 0)
     search_images: int = option("training images held out for it", (100, 500, 500), "base", WORLD)
@@ -789,8 +789,7 @@ def search_policies(environment, evaluate, again, cache, config, log, state, sav
     warmup = min(20, max(1, config.episodes // 3))
     settings = DDPGConfig(episodes=config.episodes, warmup_episodes=warmup)
     agent = kind(environment.state_size, config.seed, settings)
-    act = agent.act
-    agent.act = lambda state: gather(act(state))[0]  # all processes take rank 0's actions
+    agent.act = lambda state, act=agent.act: gather(act(state))[0]  # all processes take rank 0's actions
     records = state["records"] if state else []
     if records:
         agent.load_state_dict(state["agent"])
@@ -814,7 +813,8 @@ def search_policies(environment, evaluate, again, cache, config, log, state, sav
         gained = f"ACR {shown(record['acr'])}  reward {record['reward']:+.4f}  best ACR {best}"
         cost = f"BitOPs {100 * record['bitops_ratio']:.3f} %"
         print(f"  episode {done:>3}/{config.episodes}  {gained}  {cost}  {left} left", flush=True)
-    ranked = sorted(records[: config.episodes], key=lambda record: record["acr"], reverse=True)
+    by_policy = {str(r["policy"]): r for r in sorted(records[: config.episodes], key=lambda r: r["acr"])}
+    ranked = sorted(by_policy.values(), key=lambda r: r["acr"], reverse=True)  # each policy once
     for record in ranked[len(records) - config.episodes : config.finalists]:
         keep(record | {"finalist": True, "acr": again(record["policy"], cache)})
         print(f"  episode {record['episode'] + 1} again: ACR {shown(records[-1]['acr'])}", flush=True)

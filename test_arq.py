@@ -1874,6 +1874,27 @@ def test_the_best_policies_are_evaluated_again(tmp_path):
     assert seen == [records[5]["policy"]]
 
 
+def test_a_policy_that_came_up_twice_is_one_finalist(tmp_path):
+    """Its better reward counts: of policies A B A C B A, rewarded 1 5 6 3 2 4, finalists are A, B, C."""
+
+    class Repeating(DDPG):
+        def act(self, state):
+            return [0.0, 0.5, 0.0, 1.0, 0.5, 0.0][self.episode]
+
+        def learn(self, states, actions, reward):
+            self.episode += 1
+
+    config = arq.parse_config("--episodes 6 --finalists 5".split())
+    values, seen = iter([0.1, 0.5, 0.6, 0.3, 0.2, 0.4]), []
+    arguments = lambda *_: next(values), lambda policy, _: seen.append(policy) or 0.5, base_cache(), config
+    environment = arq.BitWidthEnvironment(tiny_table(3), 0.9)
+    lines = arq.search_policies(
+        environment, *arguments, tmp_path / "log", None, lambda state: None, Repeating
+    )
+    assert [json.loads(line)["episode"] for line in lines.splitlines()][6:] == [2, 1, 3]
+    assert [policy["l1"] for policy in seen] == [[2, 2], [5, 5], [8, 8]]
+
+
 def test_finalists_are_certified_on_noise_that_no_reward_saw():
     """CERTIFY with all samples, under a key of its own, of every image; after twice the training."""
     _, cache, search_images, config = small_evaluator("irs")
