@@ -20,8 +20,8 @@ import os
 import statistics
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -81,8 +81,8 @@ class BitWidthEnvironment:
 
 
 class PolicyEvaluator:
-    """ACR(g^P) of a policy P: quantize f, fine-tune briefly, certify. Each starts from f's weights.
-    classifier: f, quantizable and calibrated (models.quantize_model, models.calibrate)
+    """ACR(g^P) of a policy P: quantize f, fine-tune briefly, certify. Each starts from the same weights.
+    classifier: f, or another start; quantizable and calibrated (models.quantize_model, models.calibrate)
     finetune(classifier): trains it for a few steps, in place
     certificate(classifier, cache): radii of g^P on the images of f's cache, 0 where wrong"""
 
@@ -148,8 +148,8 @@ def augment(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def noise_augmentation(network, x, noise, labels, teacher=None, share=0.0) -> Tensor:
-    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). share: of the targets, a teacher's
-    softmax on the same images under other noise, on average its smoothed classifier's; the rest: labels."""
+    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). A share of the targets is a
+    teacher's softmax on the same images under other noise, on average its smoothed classifier's answer."""
     if share > 0:
         with torch.no_grad():
             answers = teacher(x + noise.roll(1, 0)).float().softmax(1)  # the noise of another image
@@ -227,13 +227,13 @@ SAVED_OPTIONS = ("dataset", "arch", "image_size", "sigma")  # in the file of a n
 def option(text: str, default=None, groups: str = "", least=None, below=None, **parser):
     """A field of Config: one default or three, by SIZES; groups of stages that rest on it; its range."""
     shown = " / ".join(map(str, default)) if isinstance(default, tuple) else default
-    shown = f" (default: {shown})" if default not in (None, False) else ""
+    shown = f" (default: {shown})" if default is not None and default is not False else ""
     metadata = {"default": default, "groups": groups.split(), "least": least, "below": below}
     metadata["parser"] = {"help": text + shown, **parser}
-    return field(default=None if isinstance(default, tuple) else default, metadata=metadata)
+    return dataclasses.field(default=None if isinstance(default, tuple) else default, metadata=metadata)
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:  # every option; the command line is made from it
     dataset: str = option("shapes (drawn here; default) or as named", None, "base", choices=SIZES)
     data: str = option("where the images are, or where CIFAR-10 is downloaded to", "data", "base")
@@ -251,16 +251,16 @@ class Config:  # every option; the command line is made from it
     finalists: int = option("best policies, all different, that are evaluated again", 5, "search", 0)
     finetune_epochs: float = option("epochs of the best policy", (3.0, 30.0, 10.0), "fine-tune", 0)
     distill: float = option("share of the base's softmax in fine-tuning's targets", 0.0, "fine-tune", 0)
-    search_images: int = option("training images held out for it", (100, 500, 500), "base", WORLD)
+    search_images: int = option("training images held out for the search", (100, 500, 500), "base", WORLD)
     search_n: int = option("samples of the base per search image", (500, 10000, 10000), "cache", 1)
     n_p: int = option("samples of a policy per search image", (200, 1000, 1000), "search", 1)
     images: int = option("test images, evenly spaced over the set", (100, 500, 500), "test", 1)
     n0: int = option("samples that select the class", 100, "cache test", 1)
     n: int = option("samples that bound its probability", (1000, 10000, 10000), "test", 1)
-    alpha: float = option("probability of a wrong certificate, per image", 0.001, "cache test", below=1)
-    alpha_zeta: float = option("the same for the disparity zeta of IRS", 0.001, "search", below=1)
+    alpha: float = option("probability of a wrong certificate, per image", 0.001, "cache test", below=0.5)
+    alpha_zeta: float = option("the same for the disparity zeta of IRS", 0.001, "search", below=0.5)
     gamma: float = option("p_A from which IRS draws fresh samples", (0.99, 0.99, 0.995), "search", below=1)
-    reward: str = option("estimate: not certified", "irs", "search", choices=("irs", "estimate"))
+    reward: str = option("IRS, or an estimate without a bound", "irs", "search", choices=("irs", "estimate"))
     image_size: int = option("side of the images", (32, 32, 224), "base evaluate", 8)
     batch_size: int = option("training batch", 128, "base", 2 * WORLD)
     float32: bool = option("train in float32 even where bfloat16 is faster", False, "base")
@@ -295,16 +295,16 @@ def complete_config(config: Config) -> Config:
         refuse(file is not None and not Path(file).is_file(), f"{flag(name)} {file}: no such file")
     packed = models.read_packed(config.evaluate) if config.evaluate else None
     saved = {name: packed[0][name] for name in SAVED_OPTIONS} if packed else {}
-    for name in ("arch", "image_size"):
-        differs = name in saved and getattr(config, name) not in (None, saved[name])
-        refuse(differs, f"--evaluate {config.evaluate} has {flag(name)} {saved.get(name)}; omit it")
+    for name in ("arch", "image_size", "mean", "std") if packed else ():
+        differs = getattr(config, name) not in (None, packed[0][name])
+        refuse(differs, f"--evaluate {config.evaluate} has {flag(name)} {packed[0][name]}; omit it")
     config.dataset = config.dataset or saved.get("dataset", "shapes")
     for f in dataclasses.fields(Config):
         if isinstance(f.metadata["default"], tuple) and getattr(config, f.name) is None:
-            usual = f.metadata["default"][SIZES[config.dataset]]
+            usual = f.metadata["default"][SIZES.get(config.dataset, 1)]
             setattr(config, f.name, saved.get(f.name, usual))
-    has_none = config.checkpoint or NETWORKS[config.arch][1] is models.CIFAR10
-    refuse(config.pretrained and has_none, "--pretrained is for mobilenet_v2 and such, without --checkpoint")
+    has_none = config.pretrained and (config.checkpoint or NETWORKS[config.arch][1] is models.CIFAR10)
+    refuse(has_none, "--pretrained is for mobilenet_v2 and such, without --checkpoint")
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     config.device = best if config.device == "auto" else config.device
     refuse(config.device not in (best, "cpu"), f"--device {config.device} is not available; use auto")
@@ -398,6 +398,7 @@ class Stages:
 
     def __init__(self, path: Path, keys: dict[str, dict], restart: bool = False):
         self.path, self.keys, self.passes, self.held = path, keys, 0, hold(path)
+        refuse(path.exists() and not zipfile.is_zipfile(path), f"{path} is broken; give another --out")
         self.records = read_state(path) if path.exists() else {}
         for name, record in list(self.records.items()):
             old, new = record["key"], keys.get(name, {})
@@ -416,7 +417,8 @@ class Stages:
         if made and record and record["finished"] and record["product"] != made and not shared:
             print(f"{name}: {product} was changed since it was made, and is made again", flush=True)
             made = None
-        used = all(gather(made)) and (shared or (record and record["finished"]))
+        done = zipfile.is_zipfile(product) if shared else record and record["finished"]
+        used = all(gather(made and done))
         self.sharing = hold(product) if shared and not used else None
         if not record or (record["finished"] and not used):
             old = record and record["product"]
@@ -480,7 +482,7 @@ def open_run(config: Config, stages: dict[str, str], images: "ImageSet", test_im
 
 
 # ---- images ----
-@dataclass
+@dataclasses.dataclass
 class ImageSet:
     """Labelled images, ordered by label, then by name or original position."""
 
@@ -699,8 +701,7 @@ def build_base(config: Config, num_classes: int, file=None) -> Classifier:
 def integers(classifier: Classifier, config: Config) -> nn.Module:
     """The network as it is evaluated. On a GPU its sums are checked at the batch that will run."""
     batch = 2 if config.device == "cpu" else config.eval_batch
-    classifier = classifier.to(config.device, memory_format=torch.channels_last)
-    return models.integer_network(classifier, batch)
+    return models.integer_network(classifier.to(config.device, memory_format=torch.channels_last), batch)
 
 
 # Stages: each takes the state that an interrupted run saved last, or None, and save(state).
@@ -755,7 +756,7 @@ def policy_evaluator(start, train_images, search_images, config: Config, final=F
     images = search_images.batch(range(len(search_images)), config.device)
 
     def certificate(quantized: nn.Module, cache: ReplayCache) -> list[float]:
-        # Images of wrong class cost nothing: every process gets as many of the others.
+        # Images of wrong class cost a reward nothing: every process gets as many of the others.
         rows = cache.certificates
         mine = sorted(range(len(rows)), key=lambda i: rows[i].selected != rows[i].label)[RANK::WORLD]
         part = ReplayCache([rows[i] for i in mine], cache.predictions[mine], cache.key)
@@ -866,7 +867,7 @@ def shown(value) -> str:
     if isinstance(value, dict):
         return " ".join(map(shown, value.values()))
     if isinstance(value, float):
-        return f"{math.floor(value * 1e4) / 1e4:.4f}"
+        return f"{int(round(value * 1e4, 9)) / 1e4:.4f}"  # 57 of 100 are 5699.999999999999
     return "-" if value is None else str(value)
 
 
@@ -876,11 +877,11 @@ def report(results: dict, stages: Stages) -> None:
     write_whole(stages.path.with_name("results.json"), {**results, "stages": times})
     columns = {"float base": results["base"], "ARQ": results} if "base" in results else {"network": results}
     print("\n{images} test images, sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} each".format(**results))
-    print(f"{'':<38}" + "".join(f"{name:>28}" for name in columns))
+    print(f"{'':<38}" + "".join(f"{name:>32}" for name in columns))
     for name in list(results)[: list(results).index("backend") + 1]:
         parts = results[name] if isinstance(results[name], dict) else ()
         label = " ".join([name.replace("_", " "), *parts])
-        print(f"{label:<38}" + "".join(f"{shown(column[name]):>28}" for column in columns.values()))
+        print(f"{label:<38}" + "".join(f"{shown(column[name]):>32}" for column in columns.values()))
     if "acr_difference" in results:
         mean, error = results["acr_difference"].values()
         print(f"ACR less the base's, on the same images: {mean:+.4f}, standard error {shown(error)}")
@@ -892,10 +893,9 @@ def main(argv=None) -> int:
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(-3, 2**30)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    out, code = "the run folder", 2
+    code, again = 2, "the same command continues"
     try:
         config = parse_config(argv)
-        out = config.out
         if WORLD > 1:  # nccl on GPUs, one each, and gloo on CPUs
             if config.device == "cuda":
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -904,17 +904,17 @@ def main(argv=None) -> int:
         evaluate_saved(config) if config.evaluate else run(config)
         return 0
     except KeyboardInterrupt:
-        code, message = 130, "interrupted; the same command continues the run"
+        code, message = 130, f"interrupted; {again} the run"
     except ValueError as error:  # ours, and the modules' own refusals; a worker's has its traceback in front
         message = f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}"
     except OSError as error:  # no permission, no space: whatever was finished is on disk
-        message = f"error: {error.filename or out}: {error.strerror or error}; the same command continues"
+        message = f"error: {error.filename or '--data or --out'}: {error.strerror or error}; {again}"
     except RuntimeError as error:  # what comes from outside; other kinds are faults of this program
         known = "DataLoader worker", "by peer", "Broken pipe", "NCCL", "device ordinal", "memory", "hash"
         if not any(text in str(error) for text in known):
             raise
         remedy = "; give a smaller --eval-batch or --batch-size" if "memory" in str(error) else ""
-        message = f"error: {str(error).splitlines()[0]}{remedy}; the same command continues"
+        message = f"error: {str(error).splitlines()[0]}{remedy}; {again}"
     time.sleep(3 * (RANK > 0))  # only rank 0 prints the error that all have; then torchrun ends the others
     print(f"arq.py: {message}", file=sys.stderr, flush=True)
     return code

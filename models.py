@@ -134,7 +134,7 @@ def read_state_dict(path) -> dict[str, Tensor]:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for files that are no checkpoints
         unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it holds {unsafe[1]}" if unsafe else str(error).splitlines()[0][:60]
+        what = f"it holds {unsafe[1]}" if unsafe else (str(error) or "it is empty").splitlines()[0][:60]
         saving = f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], 'new.pt')"
         reason = f"not a PyTorch checkpoint of tensors and plain values ({what}); if you trust it, {saving}"
         raise ValueError(f"{path}: {reason}") from None

@@ -2138,15 +2138,41 @@ def test_a_stage_is_done_once_continues_and_takes_along_what_rests_on_it(tmp_pat
         assert ("second" in some.records) == kept
         assert ("was changed since" in capsys.readouterr().out) != kept
     assert json.loads(product.read_text()) == "anew"
-    shared = arq.Stages(tmp_path / "other" / "state.pt", keys)  # another run, which takes what this one made
-    shared.do("first", product, work, shared=True)
-    assert json.loads(product.read_text()) == "anew" and len(given) == 2
-    shared.do("second", tmp_path / "other" / "second.json", lambda state, save: "made")
-    arq.write_whole(
-        product, "of a third run"
-    )  # which found it gone: it is taken, and what rests on it made anew
-    shared.do("first", product, work, shared=True)
-    assert json.loads(product.read_text()) == "of a third run" and "second" not in shared.records
+
+
+def test_a_shared_file_serves_other_runs_and_is_made_again_where_it_is_broken(tmp_path):
+    """What rests on it stays if it is as it was; another one is taken, and what rests on it made anew."""
+    keys, base, given = {"first": {"a": 1}, "second": {"a": 1, "b": 2}}, tmp_path / "base.pt", []
+    once = arq.Stages(tmp_path / "once" / "state.pt", keys)
+    run = arq.Stages(tmp_path / "run" / "state.pt", keys)
+
+    def work(state, save):
+        given.append(state)
+        return {"weights": torch.ones(1000)}
+
+    for stages in (once, run):
+        stages.do("first", base, work, shared=True)
+    assert given == [None]
+    whole = base.read_bytes()
+    run.do("second", tmp_path / "second.json", lambda state, save: "made")
+    for cut in (whole[:1000], b""):
+        base.write_bytes(cut)
+        run.do("first", base, work, shared=True)
+        assert base.read_bytes() == whole and "second" in run.records
+    assert len(given) == 3
+    arq.write_whole(base, {"weights": torch.zeros(3)})  # by a third run, which found it gone
+    other = base.read_bytes()
+    run.do("first", base, work, shared=True)
+    assert base.read_bytes() == other and len(given) == 3 and "second" not in run.records
+
+
+def test_a_broken_state_is_refused_by_name(tmp_path):
+    state = tmp_path / "state.pt"
+    arq.write_whole(state, {})
+    for cut in (state.read_bytes()[:-40], b""):
+        state.write_bytes(cut)
+        with pytest.raises(ValueError, match="state.pt is broken; give another --out"):
+            arq.Stages(state, {})
 
 
 def test_where_there_are_no_locks_runs_start(tmp_path, monkeypatch):
@@ -2216,6 +2242,7 @@ def fails(arguments, capsys, *words, code=2) -> bool:
         (["--n-p", "9"], ["--n-p 9", "at least 10"]),
         (["--reward", "sharp"], ["sharp", "irs", "estimate"]),
         (["--budget", "1.5"], ["--budget", "below 1"]),
+        (["--alpha", "0.5"], ["--alpha", "below 0.5"]),
         (["--images", "2000"], ["--images 2000", "1000"]),
         (["--mean", "1", "2"], ["--mean"]),
         (["--finetune-epochs", "nan"], ["--finetune-epochs"]),
@@ -2227,6 +2254,30 @@ def test_wrong_input_ends_with_one_line(arguments, words, capsys, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert fails(arguments, capsys, *words)
     assert not (tmp_path / "runs").exists()
+
+
+def test_files_that_are_no_use_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    """An empty checkpoint; a class without images; options that a packed network answers itself."""
+    monkeypatch.chdir(tmp_path)
+    Path("empty.pt").touch()
+    assert fails(["--checkpoint", "empty.pt"], capsys, "empty.pt", "empty")
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        Path("data", name).mkdir(parents=True)
+    assert fails("--dataset folder --data data".split(), capsys, "--data", "for the classes a, b")
+    classifier, table = quantized("resnet8", bits=4)
+    about = {"arch": "resnet8", "image_size": 32, "sigma": 0.25, "dataset": "mine"}
+    about["classes"] = list("abcdefghij")
+    Path("model.arq").write_bytes(models.pack_model(classifier, table, about))
+    for option in ("--mean", "--std"):
+        assert fails(f"--evaluate model.arq {option} 1 1 1".split(), capsys, option, "omit it")
+    # a data set of one's own is a folder
+    assert fails("--evaluate model.arq --data nowhere".split(), capsys, "--data nowhere", "train/<class>")
+    assert fails("--evaluate model.arq --data data --pretrained".split(), capsys, "--pretrained")
+
+
+def test_figures_are_shown_as_they_are_and_never_rounded_up():
+    assert [arq.shown(k / 100) for k in range(101)] == [f"{k / 100:.4f}" for k in range(101)]
+    assert [arq.shown(v) for v in (0.12349999, -0.00001, 0.9999999)] == ["0.1234", "0.0000", "0.9999"]
 
 
 def test_the_default_reward_is_the_published_one():
@@ -2792,6 +2843,7 @@ def test_the_readmes_example_certifies(tmp_path, monkeypatch):
 def test_help_names_every_option():
     text = subprocess.run([sys.executable, HERE / "arq.py", "--help"], capture_output=True, text=True).stdout
     assert all(f"--{name.replace('_', '-')} " in text for name in arq.Config.__dataclass_fields__)
+    assert all(f"(default: {value})" in text for value in ("0", "0.0", "irs")) and "None" not in text
 
 
 if __name__ == "__main__":  # under torchrun, in test_two_processes_step_as_one
