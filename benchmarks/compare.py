@@ -32,6 +32,7 @@ from benchmarks import rivals, shared  # noqa: E402
 from ddpg import DDPG  # noqa: E402
 
 OUT, WORK = ROOT / "results" / "compare", ROOT / "runs" / "compare"
+SURROGATE = ROOT / "results" / "surrogate.json"
 CPU = ROOT / "results" / "compare-cpu"  # some cells that ran on CPUs, too
 FRAME = """--dataset cifar10 --images 500 --n0 100 --n 1000 --episodes 100
  --search-images 200 --search-n 1000 --n-p 250 --finetune-epochs 4 --distill 0.7"""
@@ -39,10 +40,9 @@ STEPS = 12  # of training in an episode; twice as many where a method's name say
 SHARED_EPOCHS = 1
 AGENTS = {"random": rivals.RandomAgent, "evolution": rivals.EvolutionAgent}
 AGENTS |= {"HAQ": DDPG, "ARQ estimate": DDPG, "ARQ": DDPG}
-AGENTS |= {"evolution with repeats": rivals.RepeatingEvolution}
-AGENTS |= {"ARQ 24 steps": DDPG}
-AGENTS |= {"ARQ from f": DDPG, "evolution from f": rivals.RepeatingEvolution}  # without shared.py
+AGENTS |= {"ARQ 24 steps": DDPG, "ARQ 600 episodes": DDPG, "ARQ from f": DDPG}  # from f: without shared.py
 GRADIENT = {"LIMPQ": rivals.limpq, "LIMPQ 24 steps": rivals.limpq, "NIPQ": rivals.nipq}
+MODEL = "model of 600 rewards"  # surrogate.py's best policy: what a search that knew its rewards would find
 METHODS = ["ARQ", "uniform", "evolution", "random", "LIMPQ", "ARQ estimate", "HAQ", "NIPQ"]
 FLOAT = ["base", "control"]  # no policy; the control is fine-tuned as all are
 
@@ -53,16 +53,16 @@ def cell(method: str, sigma: float, budget: float, seed: int = 0, n: int = 1000)
 
 
 CELLS = [cell(method, 0.25, 0.015) for method in [*FLOAT, *METHODS, "ARQ from f"]]
-CELLS += [cell(method, 0.25, 0.008) for method in [*METHODS, "ARQ from f", "evolution from f"]]
+CELLS += [cell(method, 0.25, 0.008) for method in [*METHODS, "ARQ from f"]]
 FEW = ["ARQ", "uniform", "evolution", "LIMPQ"]
 CELLS += [cell(method, sigma, 0.015) for sigma in (1.0, 0.5) for method in FLOAT + FEW]
 CELLS += [cell(method, 0.25, 0.006) for method in FEW]
 CELLS += [cell(method, sigma, 0.008) for sigma in (0.5, 1.0) for method in FEW]
 SEEDED = "ARQ", "evolution", "random", "LIMPQ"
 CELLS += [cell(method, 0.25, budget, seed=1) for budget in (0.008, 0.015) for method in SEEDED]
-LONGER = cell("ARQ 24 steps", 0.25, 0.008), cell("LIMPQ 24 steps", 0.25, 0.008)
-CELLS += [*LONGER, LONGER[0] | {"seed": 1}]
-CELLS += [c | {"method": "evolution with repeats"} for c in CELLS if c["method"] == "evolution"]
+LONGER = "ARQ 24 steps", "LIMPQ 24 steps", "ARQ 600 episodes", MODEL
+CELLS += [cell(method, 0.25, 0.008) for method in LONGER]
+CELLS += [cell("ARQ 24 steps", 0.25, 0.008, seed=1)]
 CELLS += [cell(method, s, 0.015, n=10_000) for s in (0.25, 0.5, 1.0) for method in (*FLOAT, "ARQ")]
 
 
@@ -83,6 +83,7 @@ class Frame:
         steps = 2 * STEPS if c["method"].endswith(" 24 steps") else STEPS
         words = f"{FRAME} --finetune-steps {steps} --sigma {c['sigma']} --budget {budget}"
         words += f" --seed {c['seed']} --n {c['n']}"
+        words += " --episodes 600" if c["method"].endswith(" 600 episodes") else ""
         reward = "estimate" if c["method"] == "ARQ estimate" else "irs"
         files = ["--data", data, "--checkpoint", str(checkpoint), "--reward", reward]
         self.config = config = arq.parse_config(words.split() + files)
@@ -95,7 +96,7 @@ class Frame:
 
     def stages(self, folder: Path, *names: str) -> arq.Stages:
         """Resumable stages of a folder, resting on the frame's options, but for what its name says."""
-        own = dict.fromkeys(("out", "n", "reward")) | {"finetune_steps": STEPS}
+        own = dict.fromkeys(("out", "n", "reward")) | {"finetune_steps": STEPS, "episodes": 100}
         key = vars(self.config) | own | {"data": self.train_images.fingerprint()}
         key["checkpoint"] = arq.digest(Path(self.config.checkpoint).read_bytes())
         stages = arq.Stages(folder / "state.pt", dict.fromkeys(names, key))
@@ -146,6 +147,8 @@ def choose(method: str, frame: Frame, log: Path, state, save) -> models.Policy:
         policy = arq.best_policy([json.loads(line) for line in log.read_text().splitlines()])
     elif method == "uniform":
         policy = rivals.uniform(table, budget)
+    elif method == MODEL:
+        policy = json.loads(SURROGATE.read_text())["best"]["policy"]
     else:  # as many batches as the evaluations of a search train on
         passes = 1 + len(rivals.WIDTHS) if GRADIENT[method] is rivals.limpq else 1
         steps = config.episodes * config.finetune_steps // passes
@@ -339,7 +342,7 @@ def summary_of(results: list[dict]) -> str:
     columns = sorted({(r["sigma"], -r["budget"]) for r in results if r["budget"] < 1 and r["n"] == 1000})
     titles = [f"{sigma:g}, {-100 * budget:g} %" for sigma, budget in columns]
     lines = [" | ".join(["| method; sigma, budget", *titles]) + " |", "|---" * (1 + len(columns)) + "|"]
-    for method in dict.fromkeys([*FLOAT, *METHODS, *GRADIENT, *AGENTS]):
+    for method in dict.fromkeys([*FLOAT, *METHODS, *GRADIENT, *AGENTS, MODEL]):
         found = [at(results, method, sigma, -budget) for sigma, budget in columns]
         if any(found):
             acrs = [arq.shown(certify.average_certified_radius(rows_of(f))) if f else "" for f in found]
@@ -381,8 +384,7 @@ def rewards_of(results: list[dict]) -> str:
     """Markdown: means of a search's rewards, as ACR, by twenty evaluations."""
     columns = [f"{first + 1} to {first + 20}" for first in range(0, 100, 20)]
     lines = [f"| rewards' ACR by evaluation | {' | '.join(columns)} |", "|---" * 6 + "|"]
-    names = ["ARQ", "ARQ 24 steps", "evolution", "evolution with repeats", "random"]
-    names += ["ARQ from f", "evolution from f"]
+    names = "ARQ", "ARQ 24 steps", "evolution", "random", "ARQ from f"
     for sigma, budget in sorted({(r["sigma"], -r["budget"]) for r in results if r["budget"] < 1}):
         for r in (r for name in names for r in at(results, name, sigma, -budget)):
             means = [statistics.fmean(r["search_acr"][first : first + 20]) for first in range(0, 100, 20)]

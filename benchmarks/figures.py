@@ -33,8 +33,6 @@ STYLES = {  # color, marker, line
     "ARQ from f": ("tab:red", "o", ":"),
     "uniform": ("black", "s", "--"),
     "evolution": ("tab:blue", "^", "-"),
-    "evolution with repeats": ("tab:cyan", "^", "--"),
-    "evolution from f": ("tab:blue", "^", ":"),
     "random": ("dimgray", "x", ":"),
     "LIMPQ": ("tab:green", "D", "-."),
     "LIMPQ 24 steps": ("tab:green", "*", "--"),
@@ -45,8 +43,7 @@ STYLES = {  # color, marker, line
 
 def style_of(method: str) -> dict:
     style = dict(zip(("color", "marker", "linestyle"), STYLES[method]))
-    variant = method.endswith((" from f", " with repeats"))
-    hollow = {"markerfacecolor": "white"} if variant else {}
+    hollow = {"markerfacecolor": "white"} if method.endswith(" from f") else {}
     return style | hollow | {"markersize": 6, "zorder": 3 + (method == "ARQ")}
 
 
@@ -171,7 +168,7 @@ def draw_radii(cells: list[dict]):
 
 def draw_searches(cells: list[dict]):
     """The best ACR on search images so far, by evaluation; HAQ's reward is another."""
-    names = "ARQ", "evolution", "random", "ARQ from f", "evolution with repeats", "evolution from f"
+    names = "ARQ", "evolution", "random", "ARQ from f"
     searched = [c for c in cells if c["method"] in names]
     groups = sorted({(c["sigma"], c["budget"]) for c in searched}, key=lambda g: (g[0], -g[1]))
     if not groups:

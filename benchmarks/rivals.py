@@ -24,6 +24,7 @@ import models  # noqa: E402
 from ddpg import DDPG  # noqa: E402
 
 WIDTHS = range(models.MIN_BITS, models.MAX_BITS + 1)
+PAIRS = [(w, a) for w in WIDTHS for a in WIDTHS]  # of weight and input bits
 
 
 # ---- no search ----
@@ -65,7 +66,7 @@ class EvolutionAgent(DDPG):
     as many random policies as the agent has, half of the children mix two of the ten best, half change a
     tenth of one's actions at random. A child with the bits of an earlier one is bred again."""
 
-    parents, mutation, distinct = 10, 0.1, True
+    parents, mutation = 10, 0.1
 
     def learn(self, states, actions, reward):
         self.replay.append((actions, reward))
@@ -83,7 +84,7 @@ class EvolutionAgent(DDPG):
         seen = {self.bits(actions.flatten().tolist()) for actions, _ in self.replay}
         for _ in range(100):  # of a small space all may be known
             child = self.bred()
-            if not self.distinct or self.bits(child) not in seen:
+            if self.bits(child) not in seen:
                 break
         return child
 
@@ -99,12 +100,6 @@ class EvolutionAgent(DDPG):
         if torch.rand((), generator=self.generator) < 0.5:
             return torch.where(cross < 0.5, mother, father).tolist()
         return torch.where(mutate < self.mutation, fresh, mother).tolist()
-
-
-class RepeatingEvolution(EvolutionAgent):
-    """The same with whatever children come, as some cells of the comparison have it."""
-
-    distinct = False
 
 
 def accuracy_evaluator(evaluate: arq.PolicyEvaluator, images: Tensor, labels, config) -> arq.PolicyEvaluator:
@@ -235,21 +230,24 @@ def limpq(classifier, table, budget: float, calibrate, train, seed: int = 0) -> 
 
 
 def assign(table, budget: float, importance, balance: float = 2.0) -> models.Policy:
-    """The integer program: one pair of widths per layer, minimising the sum of s_a[b_a] + balance * s_w[b_w]
-    under the budget. importance: (s_w, s_a) of each inner layer, by bit-width. balance: its code's."""
-    pairs = [(w, a) for w in WIDTHS for a in WIDTHS]
+    """The widths that minimise the sum of s_a[b_a] + balance * s_w[b_w] under the budget.
+    importance: (s_w, s_a) of each inner layer, by bit-width. balance: its code's."""
+    return cheapest(table, budget, [[s_a[a] + balance * s_w[w] for w, a in PAIRS] for s_w, s_a in importance])
+
+
+def cheapest(table, budget: float, costs) -> models.Policy:
+    """An integer program: one of PAIRS per inner layer, with the least sum of costs (layers, pairs)."""
     inner, policy = table[1:-1], models.uniform_policy(table, models.MIN_BITS)
-    costs = torch.tensor([[s_a[a] + balance * s_w[w] for w, a in pairs] for s_w, s_a in importance])
-    bitops = torch.tensor([[layer.macs * w * a for w, a in pairs] for layer in inner], dtype=torch.float64)
+    bitops = torch.tensor([[layer.macs * w * a for w, a in PAIRS] for layer in inner], dtype=torch.float64)
     ends = sum(layer.macs * models.FIRST_LAST_BITS**2 for layer in (table[0], table[-1]))
     total = budget * sum(layer.macs for layer in table) * models.FLOAT_BITS**2
-    choices = torch.eye(len(inner)).repeat_interleave(len(pairs), 1)
+    choices = torch.eye(len(inner)).repeat_interleave(len(PAIRS), 1)
     one_each = LinearConstraint(choices.numpy(), 1, 1)
     # Divided by the budget: the solver's tolerance is absolute. The last millionth stays unused.
     shares = (bitops / total).view(1, -1)
     within = LinearConstraint(shares.numpy(), -math.inf, 1 - ends / total - 1e-6)
     of = {"integrality": 1, "bounds": Bounds(0, 1), "constraints": [one_each, within]}
-    found = torch.from_numpy(milp(costs.flatten().numpy(), **of).x)
+    found = torch.from_numpy(milp(torch.tensor(costs).flatten().numpy(), **of).x)
     for layer, choice in zip(inner, found.view(len(inner), -1).argmax(1).tolist()):
-        policy[layer.name] = list(pairs[choice])
+        policy[layer.name] = list(PAIRS[choice])
     return policy
