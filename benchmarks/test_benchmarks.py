@@ -561,6 +561,19 @@ def test_what_is_written_of_the_searches_is_what_their_files_hold():
     assert proxy.table_of(json.loads(proxy.OUT.read_text())) in text
 
 
+def test_the_integer_program_finds_the_best_policy_of_the_model():
+    """Within the budget, and better by the model than each policy that it was fitted to."""
+    found = json.loads(surrogate.OUT.read_text())["best"]
+    rows = [json.loads(line) for line in surrogate.REWARDS.read_text().splitlines()]
+    x = surrogate.features(torch.tensor([row["bits"] for row in rows]))
+    y, offsets = torch.tensor([row["acr"] for row in rows]), torch.tensor([row["offset"] for row in rows])
+    weights = surrogate.fit(x, offsets, y.double())
+    table = models.quantize_model(models.build_classifier("resnet20", 10).eval(), 32)
+    policy = surrogate.best_policy(table, weights)
+    assert policy == found["policy"] and models.bitops_ratio(table, policy) <= surrogate.BUDGET
+    assert found["value"] > (x @ weights[:-4] + weights[-4]).max()
+
+
 # ---- the scripts ----
 
 SCRIPTS = "attack batchnorm certificates compare figures luck networks proxy".split()
