@@ -20,11 +20,11 @@ import os
 import statistics
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from zipfile import is_zipfile
 
 import torch
 import torchvision
@@ -398,7 +398,7 @@ class Stages:
 
     def __init__(self, path: Path, keys: dict[str, dict], restart: bool = False):
         self.path, self.keys, self.passes, self.held = path, keys, 0, hold(path)
-        refuse(path.exists() and not zipfile.is_zipfile(path), f"{path} is broken; give another --out")
+        refuse(path.exists() and not is_zipfile(path), f"{path} is broken; give another --out")
         self.records = read_state(path) if path.exists() else {}
         for name, record in list(self.records.items()):
             old, new = record["key"], keys.get(name, {})
@@ -417,8 +417,7 @@ class Stages:
         if made and record and record["finished"] and record["product"] != made and not shared:
             print(f"{name}: {product} was changed since it was made, and is made again", flush=True)
             made = None
-        done = zipfile.is_zipfile(product) if shared else record and record["finished"]
-        used = all(gather(made and done))
+        used = all(gather(made)) and (is_zipfile(product) if shared else record and record["finished"])
         self.sharing = hold(product) if shared and not used else None
         if not record or (record["finished"] and not used):
             old = record and record["product"]
@@ -908,7 +907,8 @@ def main(argv=None) -> int:
     except ValueError as error:  # ours, and the modules' own refusals; a worker's has its traceback in front
         message = f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}"
     except OSError as error:  # no permission, no space: whatever was finished is on disk
-        message = f"error: {error.filename or '--data or --out'}: {error.strerror or error}; {again}"
+        where = error.filename or (config.out if error.errno else "--data")  # a class without images
+        message = f"error: {where}: {error.strerror or error}; {again}"
     except RuntimeError as error:  # what comes from outside; other kinds are faults of this program
         known = "DataLoader worker", "by peer", "Broken pipe", "NCCL", "device ordinal", "memory", "hash"
         if not any(text in str(error) for text in known):
