@@ -305,6 +305,7 @@ class QuantLayer(nn.Module):
     def freeze(self) -> "Integers":
         """norm(conv(a, w) + bias) with a = s_a q_a, w = s_w q_w as conv(q_a, q_w) * scale + shift."""
         w, a, norm = self.weight_quantizer, self.input_quantizer, self.norm
+        refuse(w.bits == FLOAT_BITS, "a layer of 32 bits has no integers; keep its state_dict instead")
         weight = w.integers(self.weight).to(torch.int8)
         scale = w.step * a.step_for(weight)
         shift = torch.zeros_like(scale) if self.bias is None else self.bias.detach()
@@ -539,12 +540,11 @@ def unpack_bits(data: bytes, count: int, bits: int) -> Tensor:
 @torch.no_grad()
 def pack_model(classifier: Classifier, table: list[Layer], description: dict) -> bytes:
     """A quantized network as one file: integers at their own bit-widths, epilogues and a description.
-    description: arch, image_size, sigma, dataset, classes. In order: MAGIC; version; length of the header;
-    header (JSON); per layer packed weights, then a_step, scale, shift in float32; SHA-256 of all that."""
-    layers = [quant_layers(classifier)[row.name] for row in table]
-    has_float = any(layer.w_bits == FLOAT_BITS for layer in layers)
-    refuse(has_float, "a layer of 32 bits has no integers; keep the float network's state_dict instead")
-    frozen = [layer.freeze() for layer in layers]
+    description: arch, image_size, sigma, dataset and classes, else ValueError. In order: MAGIC; version;
+    size of header; header (JSON); per layer weights, a_step, scale, shift in float32; SHA-256 of that."""
+    missing = {"arch", "image_size", "sigma", "dataset", "classes"} - description.keys()
+    refuse(missing, f"the description of the network lacks {sorted(missing)}")
+    frozen = [quant_layers(classifier)[row.name].freeze() for row in table]
     inside = tuple(f"{row.name}." for row in table)
     rest = {key: v for key, v in classifier.net.state_dict().items() if not key.startswith(inside)}
     header = {

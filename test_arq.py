@@ -1178,7 +1178,7 @@ def test_a_pre_activation_network_is_packed_with_its_batch_norms(tmp_path, monke
     table = models.quantize_model(classifier, 16)
     models.calibrate(classifier, [x])
     models.set_policy(classifier, models.uniform_policy(table, 4))
-    description = {"arch": "pre", "image_size": 16, "classes": list("abcde")}
+    description = DESCRIPTION | {"arch": "pre", "image_size": 16, "classes": list("abcde")}
     (tmp_path / "m.arq").write_bytes(models.pack_model(classifier, table, description))
     loaded, rows, _ = models.load_model(tmp_path / "m.arq")
     assert (
@@ -1443,6 +1443,14 @@ def test_a_32_bit_policy_evaluates_exactly_as_the_float_network():
         assert network.backend == "float" and torch.equal(network(x), classifier(x))
     with pytest.raises(ValueError, match="32 bits"):
         models.pack_model(classifier, table, DESCRIPTION)
+
+
+def test_nothing_is_packed_that_could_not_be_loaded_again():
+    classifier, table = quantized(bits=4)
+    for name in DESCRIPTION:
+        rest = {key: value for key, value in DESCRIPTION.items() if key != name}
+        with pytest.raises(ValueError, match=name):
+            models.pack_model(classifier, table, rest)
 
 
 def test_no_corrupted_file_is_taken_for_a_network(tmp_path):

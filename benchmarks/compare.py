@@ -94,9 +94,9 @@ class Frame:
         self.table = models.quantize_model(copy.deepcopy(self.base), config.image_size)
         self.test_images = self.test_images.subset(arq.evenly_spaced(config.images, len(self.test_images)))
 
-    def stages(self, folder: Path, *names: str) -> arq.Stages:
-        """Resumable stages of a folder, resting on the frame's options, but for what its name says."""
-        own = dict.fromkeys(("out", "n", "reward")) | {"finetune_steps": STEPS, "episodes": 100}
+    def stages(self, folder: Path, *names: str, **own) -> arq.Stages:
+        """Resumable stages of a folder, resting on the frame's options, but what its name says or `own`."""
+        own |= dict.fromkeys(("out", "n", "reward")) | {"finetune_steps": STEPS, "episodes": 100}
         key = vars(self.config) | own | {"data": self.train_images.fingerprint()}
         key["checkpoint"] = arq.digest(Path(self.config.checkpoint).read_bytes())
         stages = arq.Stages(folder / "state.pt", dict.fromkeys(names, key))
@@ -108,7 +108,7 @@ class Frame:
         folder = WORK / f"base-sigma{self.config.sigma:g}-seed{self.config.seed}"
         file = folder / "search_cache.pt"
         if not file.exists():
-            stages = self.stages(folder, "certify the base, search images")
+            stages = self.stages(folder, "certify the base, search images", budget=None)  # for all
             of = self.base, self.search_images, self.config, self.config.search_n, "search", file
             stages.do("certify the base, search images", file, partial(arq.certify_images, *of))
             stages.held.close()  # other cells may run at the same time
