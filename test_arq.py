@@ -56,7 +56,7 @@ KEY = noise_key()
 
 
 def test_radius_worked_by_hand():
-    """990 of 1,000 votes at alpha = 0.001: p_A >= 0.97603, R = 0.25 * 1.9780 (the README's example)."""
+    """990 of 1,000 votes at alpha = 0.001: p_A >= 0.97603, R = 0.25 * 1.9780 (results/README.md)."""
     p_lower = certify.lower_confidence_bound(990, 1000, 0.001)
     assert p_lower == pytest.approx(0.976036, abs=1e-6)
     assert certify.certified_radius(p_lower, 0.25) == pytest.approx(0.494502, abs=1e-6)
@@ -2833,6 +2833,10 @@ def test_readme_names_only_what_exists():
     for module, name in re.findall(r"`(certify|models|ddpg|arq)\.([A-Za-z_]\w*)", readme):
         assert name == "py" or hasattr(sys.modules[module], name), f"{module}.{name}"
     assert all((HERE / path).exists() for path in re.findall(r"(?:benchmarks|results)/[\w./-]*\w", readme))
+    depth = (HERE / "results" / "README.md").read_text()
+    titles = re.findall(r"^#+ (.*)", depth, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
+    assert set(re.findall(r"results/README\.md#([\w-]+)", readme)) <= anchors
 
 
 def test_the_readmes_example_certifies(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import os
 import platform
 import statistics
 import sys
+import time
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -37,6 +38,7 @@ CPU = ROOT / "results" / "compare-cpu"  # some cells that ran on CPUs, too
 FRAME = """--dataset cifar10 --images 500 --n0 100 --n 1000 --episodes 100
  --search-images 200 --search-n 1000 --n-p 250 --finetune-epochs 4 --distill 0.7"""
 STEPS = 12  # of training in an episode; twice as many where a method's name says so
+HAQ_IMAGES = 5000  # its reward needs many: accuracy sees an image once, where IRS takes n_p samples of it
 SHARED_EPOCHS = 1
 AGENTS = {"random": rivals.RandomAgent, "evolution": rivals.EvolutionAgent}
 AGENTS |= {"HAQ": DDPG, "ARQ estimate": DDPG, "ARQ": DDPG}
@@ -99,19 +101,29 @@ class Frame:
         own |= dict.fromkeys(("out", "n", "reward")) | {"finetune_steps": STEPS, "episodes": 100}
         key = vars(self.config) | own | {"data": self.train_images.fingerprint()}
         key["checkpoint"] = arq.digest(Path(self.config.checkpoint).read_bytes())
-        stages = arq.Stages(folder / "state.pt", dict.fromkeys(names, key))
+        # A stage rests on those before it, too.
+        keys = {name: key | dict.fromkeys(names[:i]) for i, name in enumerate(names)}
+        while True:
+            try:
+                stages = arq.Stages(folder / "state.pt", keys)
+                break
+            except ValueError as error:
+                if "another process" not in str(error):
+                    raise
+                print(f"{error}: waiting", flush=True)
+                time.sleep(20)
         stages.watch(self.base)
         return stages
 
+    @cached_property
     def cache(self) -> certify.ReplayCache:
-        """The base's certificates of the search images: once per sigma and seed."""
-        folder = WORK / f"base-sigma{self.config.sigma:g}-seed{self.config.seed}"
-        file = folder / "search_cache.pt"
-        if not file.exists():
-            stages = self.stages(folder, "certify the base, search images", budget=None)  # for all
-            of = self.base, self.search_images, self.config, self.config.search_n, "search", file
-            stages.do("certify the base, search images", file, partial(arq.certify_images, *of))
-            stages.held.close()  # other cells may run at the same time
+        """The base's certificates of the search images: once per sigma and seed, for every budget."""
+        name, folder = "certify the base, search images", f"base-sigma{self.config.sigma:g}"
+        folder = WORK / f"{folder}-seed{self.config.seed}"
+        stages, file = self.stages(folder, name, budget=None), folder / "search_cache.pt"
+        of = self.base, self.search_images, self.config, self.config.search_n, "search", file
+        stages.do(name, file, partial(arq.certify_images, *of))
+        stages.held.close()  # other cells may run at the same time
         return arq.read_cache(file)
 
     @cached_property
@@ -135,13 +147,15 @@ def choose(method: str, frame: Frame, log: Path, state, save) -> models.Policy:
     """The method's policy. What it evaluated is in `log`."""
     config, table, budget = frame.config, frame.table, frame.config.budget
     if method in AGENTS:
-        cache, environment = frame.cache(), arq.BitWidthEnvironment(table, budget)
+        cache, environment = frame.cache, arq.BitWidthEnvironment(table, budget)
         of = frame.start[0], frame.train_images, frame.search_images, config
         evaluate, again = arq.policy_evaluator(*of), arq.policy_evaluator(*of, final=True)
         if method == "HAQ":
-            x = frame.search_images.batch(range(len(frame.search_images)), config.device)
-            evaluate = rivals.accuracy_evaluator(evaluate, x, frame.search_images.labels, config)
-            again = rivals.accuracy_evaluator(again, x, frame.search_images.labels, config)
+            count = len(frame.train_images)
+            some = frame.train_images.subset(arq.evenly_spaced(min(HAQ_IMAGES, count), count))
+            x = some.batch(range(len(some)), config.device)
+            evaluate = rivals.accuracy_evaluator(evaluate, x, some.labels, config)
+            again = rivals.accuracy_evaluator(again, x, some.labels, config)
         of = environment, evaluate, again, cache, config, log
         arq.search_policies(*of, state, save, AGENTS[method])
         policy = arq.best_policy([json.loads(line) for line in log.read_text().splitlines()])
@@ -181,12 +195,12 @@ def run(c: dict, data: str, checkpoints: Path) -> None:
     frame, work, rows_file = Frame(c, data, checkpoints), WORK / name_of(c | {"n": 1000}), OUT / f"{name}.tsv"
     config = frame.config
     certificates = {n: f"certify, n = {n}" for n in (1000, 10_000, config.n)}
-    stages = frame.stages(work, "choose", "fine-tune", *certificates.values())
+    rests = {"model": arq.digest(SURROGATE.read_bytes())} if method == MODEL else {}
+    stages = frame.stages(work, "choose", "fine-tune", *certificates.values(), **rests)
     network, file = frame.base, Path(config.checkpoint)
     policy = models.uniform_policy(frame.table, models.FLOAT_BITS, models.FLOAT_BITS)
     if method in AGENTS:
-        frame.cache()  # is made here, where it counts for no method
-        frame.start  # counts below
+        frame.cache, frame.start  # are made here; the start counts below, the cache for no method
     if method not in FLOAT:
         log = work / "search.jsonl"
         stages.do("choose", work / "policy.json", partial(choose, method, frame, log))
@@ -329,6 +343,7 @@ def paired_of(results: list[dict]) -> str:
             seeds = {r["seed"] for r in ours}
             if method not in FLOAT:
                 seeds &= {r["seed"] for r in theirs}
+                theirs = [r for r in theirs if r["seed"] in seeds]
             pair = [r for r in ours if r["seed"] in seeds], theirs
             if theirs and seeds:
                 difference = certify.acr_difference(*map(rows_of, pair))

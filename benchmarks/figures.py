@@ -29,6 +29,7 @@ from benchmarks import compare  # noqa: E402
 STYLES = {  # color, marker, line
     "ARQ": ("tab:red", "o", "-"),
     "ARQ 24 steps": ("tab:red", "*", "--"),
+    "ARQ 600 episodes": ("tab:red", "P", "-."),
     "ARQ estimate": ("tab:pink", "o", ":"),
     "ARQ from f": ("tab:red", "o", ":"),
     "uniform": ("black", "s", "--"),
@@ -38,6 +39,7 @@ STYLES = {  # color, marker, line
     "LIMPQ 24 steps": ("tab:green", "*", "--"),
     "HAQ": ("tab:orange", "v", "--"),
     "NIPQ": ("tab:purple", "P", "-."),
+    compare.MODEL: ("tab:brown", "*", ":"),
 }
 
 

@@ -10,6 +10,7 @@ each with a cache of its own. Luck is the reward less the mean of the others. Wr
 import argparse
 import copy
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -54,7 +55,7 @@ def main(argv=None) -> None:
                 )
     for name, rows in found.items():
         luck = [row["reward"] - statistics.fmean(row["again"]) for row in rows]
-        spread = statistics.fmean(statistics.pstdev(row["again"]) for row in rows)
+        spread = math.sqrt(statistics.fmean(statistics.variance(row["again"]) for row in rows))
         text = f"{name}: luck of the first {luck[0]:+.4f}, mean {statistics.fmean(luck):+.4f}"
         print(f"{text}; spread of one evaluation {spread:.4f}")
     arq.write_whole(options.out, {"run": options.run.name, "seeds": options.seeds, **found})

@@ -75,7 +75,8 @@ def main(argv=None) -> None:
     files = {compare.name_of(r): compare.WORK / compare.name_of(r) / "model.arq" for r in cells}
     kept = "method", "sigma", "budget", "policy", "seed", "n"
     cells = [{name: r[name] for name in kept} for r in cells if files[compare.name_of(r)].exists()]
-    here = [r | found.get(compare.name_of(r), {}) for r in cells]
+    known = [found.get(compare.name_of(r), {}) for r in cells]  # of the same policy
+    here = [r | (old if old.get("policy") == r["policy"] else {}) for r, old in zip(cells, known)]
     for start, (epochs, method) in STARTS.items():
         missing = [r for r in here if start not in r]
         if not missing:
@@ -86,7 +87,7 @@ def main(argv=None) -> None:
         evaluate, final, cache = (
             arq.policy_evaluator(*of),
             arq.policy_evaluator(*of, final=True),
-            frame.cache(),
+            frame.cache,
         )
         for r in missing:
             r[start] = evaluate(r["policy"], cache)

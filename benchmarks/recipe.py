@@ -2,10 +2,10 @@
 
     python benchmarks/recipe.py --data DIR --checkpoint FILE [--trials trials.jsonl]
 
-Development images: of the fourth and eighth of every ten of the 5,000 test images each second, 500 in all;
-none is among the 500 of a table (every tenth, beginning with the first). A trial is a JSON object: policy (a
-file, 2 to 8 bits, or "float"), loss, epochs, lr, float32, seed. Without --trials: TRIALS, of which the first
-is the base. Finished trials are lines of results/recipe.jsonl; the command goes on where it stopped.
+Development images: the fourth of every ten of the 5,000 test images; none is among the 500 of a table (the
+first of every ten). A trial is a JSON object: policy (a file, 2 to 8 bits, or "float"), loss, epochs, lr,
+float32, seed. Without --trials: TRIALS, of which the first is the base. Finished trials are lines of
+results/recipe.jsonl; the command goes on where it stopped.
 
 Losses: "labels"; "same:s" and "other:s", where a share s of the targets is the float base's softmax on the
 same images under the same or under other noise, and the rest the labels; "consistency:w", labels and w times
@@ -77,7 +77,7 @@ def certificates(network, images, config) -> list:
     blocks = torch.arange(len(images)).split(50)
     rows = []
     for block in blocks:
-        x, part = images.batch(block.tolist()), slice(int(block[0]), int(block[-1]) + 1)
+        x, part = images.batch(block.tolist(), config.device), slice(int(block[0]), int(block[-1]) + 1)
         rows += g.certify(x, images.labels[part], images.ids[part], config.n0, config.n)
     return rows
 
@@ -140,7 +140,7 @@ def main(argv=None) -> None:
     config = arq.parse_config([*FRAME.split(), "--data", options.data, "--checkpoint", options.checkpoint])
     images, test = arq.load_images(config, True), arq.load_images(config, False)
     train_images, search_images = arq.hold_out(images, config.search_images)
-    development = test.subset([i for i in range(len(test)) if i % 10 in (3, 7)][::2])
+    development = test.subset(range(3, len(test), 10))
     base = arq.build_base(config, len(images.classes))
     lines = options.out.read_text().splitlines() if options.out.exists() else []
     found, wanted = [json.loads(line) for line in lines], TRIALS

@@ -31,7 +31,8 @@ def accuracy(network, images, config) -> float:
     x, labels = images.batch(range(len(images))), torch.tensor(images.labels)
     generator = torch.Generator().manual_seed(0)
     noisy = (x + config.sigma * torch.randn(x.shape, generator=generator) for _ in range(4))
-    return statistics.fmean((network(x).argmax(1) == labels).double().mean().item() for x in noisy)
+    found = (network(x.to(config.device)).argmax(1).cpu() for x in noisy)
+    return statistics.fmean((classes == labels).double().mean().item() for classes in found)
 
 
 def measure(classifier, search_images, config) -> dict:
