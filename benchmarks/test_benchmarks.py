@@ -490,6 +490,7 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
     words += " --search-n 40 --n-p 20 --finetune-epochs 0.03 --images 6 --n0 20"
     monkeypatch.setattr(compare, "FRAME", words)
     monkeypatch.setattr(compare, "STEPS", 1)
+    monkeypatch.setattr(compare, "HAQ_IMAGES", 50)
     monkeypatch.setattr(compare, "SHARED_EPOCHS", 0.05)
     left_out = ("random", "ARQ estimate")  # they go the way of evolution and ARQ
     methods = [one for one in [*compare.FLOAT, *compare.METHODS] if one not in left_out]
@@ -519,6 +520,36 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
     compare.main(command)
     printed = capsys.readouterr().out
     assert "..." not in printed and all(method in printed for method in found)
+
+
+def test_a_cells_stages_rest_on_each_other_and_wait_for_their_turn(tmp_path, monkeypatch, capsys):
+    """Another product of the first stage drops the second; a folder in use is waited for."""
+    tries, hold = [], arq.hold
+
+    def busy_once(path):
+        tries.append(path)
+        arq.refuse(len(tries) == 1, f"another process is at work on {path}")
+        return hold(path)
+
+    monkeypatch.setattr(arq, "hold", busy_once)
+    monkeypatch.setattr(compare.time, "sleep", lambda seconds: None)
+    (tmp_path / "base.pt").write_bytes(b"weights")
+    frame = object.__new__(compare.Frame)
+    frame.config = arq.parse_config(["--checkpoint", str(tmp_path / "base.pt"), "--device", "cpu"])
+    frame.train_images, frame.base = arq.draw_shapes(100, seed=0, size=8), nn.Flatten()
+    stages = frame.stages(tmp_path / "cell", "choose", "fine-tune")
+    assert len(tries) == 2 and "waiting" in capsys.readouterr().out
+    first, second, made = tmp_path / "policy.json", tmp_path / "model.json", []
+
+    def finetune(state, save):
+        made.append(json.loads(first.read_text()))
+        return made[-1]
+
+    for bits in (4, 4, 5):
+        stages.do("choose", first, lambda state, save, bits=bits: bits)
+        stages.do("fine-tune", second, finetune)
+        first.unlink()
+    assert made == [4, 5]
 
 
 def test_what_is_written_of_the_comparison_is_what_its_cells_hold():
