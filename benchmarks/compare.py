@@ -42,8 +42,11 @@ HAQ_IMAGES = 5000  # its reward needs many: accuracy sees an image once, where I
 SHARED_EPOCHS = 1
 AGENTS = {"random": rivals.RandomAgent, "evolution": rivals.EvolutionAgent}
 AGENTS |= {"HAQ": DDPG, "ARQ estimate": DDPG, "ARQ": DDPG}
-AGENTS |= {"ARQ 24 steps": DDPG, "ARQ 600 episodes": DDPG, "ARQ from f": DDPG}  # from f: without shared.py
+AGENTS |= {"ARQ 24 steps": DDPG, "ARQ from f": DDPG}  # from f: without shared.py
 GRADIENT = {"LIMPQ": rivals.limpq, "LIMPQ 24 steps": rivals.limpq, "NIPQ": rivals.nipq}
+LONG = " 600 episodes"  # the default of arq.py; by gradient: as many batches as such a search trains on
+AGENTS |= {name + LONG: AGENTS[name] for name in ("ARQ", "evolution", "random")}
+GRADIENT |= {name + LONG: GRADIENT[name] for name in ("LIMPQ", "NIPQ")}
 MODEL = "model of 600 rewards"  # surrogate.py's best policy: what a search that knew its rewards would find
 METHODS = ["ARQ", "uniform", "evolution", "random", "LIMPQ", "ARQ estimate", "HAQ", "NIPQ"]
 FLOAT = ["base", "control"]  # no policy; the control is fine-tuned as all are
@@ -62,9 +65,12 @@ CELLS += [cell(method, 0.25, 0.006) for method in FEW]
 CELLS += [cell(method, sigma, 0.008) for sigma in (0.5, 1.0) for method in FEW]
 SEEDED = "ARQ", "evolution", "random", "LIMPQ"
 CELLS += [cell(method, 0.25, budget, seed=1) for budget in (0.008, 0.015) for method in SEEDED]
-LONGER = "ARQ 24 steps", "LIMPQ 24 steps", "ARQ 600 episodes", MODEL
+LONGER = "ARQ 24 steps", "LIMPQ 24 steps", MODEL
 CELLS += [cell(method, 0.25, 0.008) for method in LONGER]
 CELLS += [cell("ARQ 24 steps", 0.25, 0.008, seed=1)]
+CELLS += [cell(name + LONG, 0.25, 0.008) for name in ("ARQ", "evolution", "LIMPQ", "random", "NIPQ")]
+CELLS += [cell(name + LONG, 0.25, 0.008, seed=1) for name in ("ARQ", "evolution")]
+CELLS += [cell("ARQ" + LONG, *place) for place in ((0.25, 0.006), (0.5, 0.008), (1.0, 0.008), (0.25, 0.015))]
 CELLS += [cell(method, s, 0.015, n=10_000) for s in (0.25, 0.5, 1.0) for method in (*FLOAT, "ARQ")]
 
 
@@ -85,7 +91,7 @@ class Frame:
         steps = 2 * STEPS if c["method"].endswith(" 24 steps") else STEPS
         words = f"{FRAME} --finetune-steps {steps} --sigma {c['sigma']} --budget {budget}"
         words += f" --seed {c['seed']} --n {c['n']}"
-        words += " --episodes 600" if c["method"].endswith(" 600 episodes") else ""
+        words += " --episodes 600" if c["method"].endswith(LONG) else ""
         reward = "estimate" if c["method"] == "ARQ estimate" else "irs"
         files = ["--data", data, "--checkpoint", str(checkpoint), "--reward", reward]
         self.config = config = arq.parse_config(words.split() + files)
