@@ -50,6 +50,7 @@ GRADIENT |= {name + LONG: GRADIENT[name] for name in ("LIMPQ", "NIPQ")}
 MODEL = "model of 600 rewards"  # surrogate.py's best policy: what a search that knew its rewards would find
 METHODS = ["ARQ", "uniform", "evolution", "random", "LIMPQ", "ARQ estimate", "HAQ", "NIPQ"]
 FLOAT = ["base", "control"]  # no policy; the control is fine-tuned as all are
+SHOWN = ["ARQ" + LONG, "ARQ", "LIMPQ", "NIPQ", "evolution" + LONG, "evolution", "HAQ", "random", "uniform"]
 
 
 def cell(method: str, sigma: float, budget: float, seed: int = 0, n: int = 1000) -> dict:
@@ -358,12 +359,13 @@ def paired_of(results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def summary_of(results: list[dict]) -> str:
-    """Markdown: ACR (n = 1,000, mean over seeds) of every method, in a column for each sigma and budget."""
+def summary_of(results: list[dict], methods: list[str] | None = None) -> str:
+    """Markdown: ACR (n = 1,000, mean over seeds) of methods, in a column for each sigma and budget."""
     columns = sorted({(r["sigma"], -r["budget"]) for r in results if r["budget"] < 1 and r["n"] == 1000})
     titles = [f"{sigma:g}, {-100 * budget:g} %" for sigma, budget in columns]
     lines = [" | ".join(["| method; sigma, budget", *titles]) + " |", "|---" * (1 + len(columns)) + "|"]
-    for method in dict.fromkeys([*FLOAT, *METHODS, *GRADIENT, *AGENTS, MODEL]):
+    every = dict.fromkeys([*FLOAT, *SHOWN, *METHODS, *GRADIENT, *AGENTS, MODEL])
+    for method in methods or every:
         found = [at(results, method, sigma, -budget) for sigma, budget in columns]
         if any(found):
             acrs = [arq.shown(certify.average_certified_radius(rows_of(f))) if f else "" for f in found]
@@ -402,13 +404,19 @@ def costs_of(results: list[dict]) -> str:
 
 
 def rewards_of(results: list[dict]) -> str:
-    """Markdown: means of a search's rewards, as ACR, by twenty evaluations."""
-    columns = [f"{first + 1} to {first + 20}" for first in range(0, 100, 20)]
-    lines = [f"| rewards' ACR by evaluation | {' | '.join(columns)} |", "|---" * 6 + "|"]
-    names = "ARQ", "ARQ 24 steps", "evolution", "random", "ARQ from f"
+    """Markdown: means of a search's rewards, as ACR, by twenty evaluations; of long ones, by hundred."""
+    short = "ARQ", "ARQ 24 steps", "evolution", "random", "ARQ from f"
+    long = [name + LONG for name in ("ARQ", "evolution", "random")]
+    return "\n\n".join([means_of(results, short, 20, 100), means_of(results, long, 100, 600)])
+
+
+def means_of(results: list[dict], methods, block: int, episodes: int) -> str:
+    firsts = range(0, episodes, block)
+    columns = [f"{first + 1} to {first + block}" for first in firsts]
+    lines = [f"| rewards' ACR by evaluation | {' | '.join(columns)} |", "|---" * (len(firsts) + 1) + "|"]
     for sigma, budget in sorted({(r["sigma"], -r["budget"]) for r in results if r["budget"] < 1}):
-        for r in (r for name in names for r in at(results, name, sigma, -budget)):
-            means = [statistics.fmean(r["search_acr"][first : first + 20]) for first in range(0, 100, 20)]
+        for r in (r for name in methods for r in at(results, name, sigma, -budget)):
+            means = [statistics.fmean(r["search_acr"][first : first + block]) for first in firsts]
             where = f"| {r['method']}, sigma {sigma:g}, {-100 * budget:g} %, seed {r['seed']}"
             lines.append(" | ".join([where, *(f"{mean:.4f}" for mean in means)]) + " |")
     return "\n".join(lines)

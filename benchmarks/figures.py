@@ -5,7 +5,8 @@
 It needs matplotlib, and writes comparison.png (the paper's Figure 1: ACR and clean accuracy over BitOPs),
 sizes.png (Figure 3: the same over model size), policies.png (Figure 4: bits per layer), radii.png (certified
 accuracy over radius) and searches.png (ACR by evaluation). Error bars are 95 % intervals over images, paired
-with the float base's; seeds are averaged. What no finished cell holds is left out.
+with the float base's; seeds are averaged. What no finished cell holds is left out, and so are variants in the
+first two: compare.SHOWN names what they draw.
 """
 
 import argparse
@@ -28,17 +29,18 @@ from benchmarks import compare  # noqa: E402
 # Marker and shade tell methods apart in grey, too; ARQ alone is red. Hollow: a variant of the filled one.
 STYLES = {  # color, marker, line
     "ARQ": ("tab:red", "o", "-"),
-    "ARQ 24 steps": ("tab:red", "*", "--"),
-    "ARQ 600 episodes": ("tab:red", "P", "-."),
+    "ARQ 24 steps": ("tab:red", "*", ":"),
+    "ARQ 600 episodes": ("tab:red", "P", "--"),
     "ARQ estimate": ("tab:pink", "o", ":"),
     "ARQ from f": ("tab:red", "o", ":"),
     "uniform": ("black", "s", "--"),
     "evolution": ("tab:blue", "^", "-"),
+    "evolution 600 episodes": ("tab:blue", "P", "--"),
     "random": ("dimgray", "x", ":"),
     "LIMPQ": ("tab:green", "D", "-."),
-    "LIMPQ 24 steps": ("tab:green", "*", "--"),
+    "LIMPQ 24 steps": ("tab:green", "*", ":"),
     "HAQ": ("tab:orange", "v", "--"),
-    "NIPQ": ("tab:purple", "P", "-."),
+    "NIPQ": ("tab:purple", "p", "-."),
     compare.MODEL: ("tab:brown", "*", ":"),
 }
 
@@ -79,16 +81,19 @@ def draw_tradeoff(cells: list[dict], cost, label: str):
     sigmas = sigmas_of(cells)
     costs = [cost(cell) for cell in cells if cell["budget"] < 1] or [1.0]
     narrow, widest = 0.6 * min(costs), 1.1 * max(costs)
-    aside = {method: 0.006 * (i - len(STYLES) / 2) * (widest - narrow) for i, method in enumerate(STYLES)}
-    figure, axes = plt.subplots(
-        1, len(sigmas) + 1, figsize=(3.4 * len(sigmas) + 3.4, 3.6), layout="constrained"
-    )
+    places = torch.linspace(-0.05, 0.05, len(compare.SHOWN)).tolist()
+    aside = {method: place * (widest - narrow) for method, place in zip(compare.SHOWN, places)}
+    rows = -(-(len(sigmas) + 1) // 2)
+    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.4 * rows + 0.6), layout="constrained", squeeze=False)
+    axes = axes.flat[: len(sigmas) + 1]
+    for panel in figure.axes[len(axes) :]:
+        panel.axis("off")
     for sigma, panel in zip(sigmas, axes):
         for name, style in (("base", "--"), ("control", ":")):
             for cell in of(cells, name, sigma)[:1]:
                 text = {"base": "float base", "control": "float, fine-tuned alike"}[name]
                 panel.axhline(cell["acr"], linestyle=style, color="black", linewidth=1, label=text)
-        for method in STYLES:
+        for method in compare.SHOWN:
             x, y, error = [], [], []
             for some in seeds_averaged(cells, method, sigma):
                 x.append(statistics.fmean(map(cost, some)) + aside[method])
@@ -100,7 +105,7 @@ def draw_tradeoff(cells: list[dict], cost, label: str):
                 panel.errorbar(x, y, error, label=method, capsize=2, elinewidth=0.7, **style_of(method))
         panel.set(title=f"sigma = {sigma:g}", xlabel=label, ylabel="ACR")
         panel.set_xlim(narrow, widest)
-    for method in STYLES:
+    for method in compare.SHOWN:
         points = {}  # by budget, for budgets that have all sigmas
         for sigma in sigmas:
             clean = of(cells, "base", sigma)[0]["accuracy_without_noise"]
@@ -120,7 +125,7 @@ def draw_tradeoff(cells: list[dict], cost, label: str):
         ylabel="points over base",
     )
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2 + len(sigmas), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
@@ -162,15 +167,15 @@ def draw_radii(cells: list[dict]):
                 values = [certify.certified_accuracy(cell["rows"], radius) for radius in radii]
                 text = f"{name}: ACR {int(cell['acr'] * 1e4) / 1e4:.4f}"
                 panel.plot(radii, values, style, color=color, label=text)
-        panel.set(title=f"sigma = {sigma:g}", xlabel="l2 radius, in [0, 1] pixels", ylim=(0, 1))
-        panel.set(ylabel="certified accuracy")
+        panel.set(title=f"sigma = {sigma:g}", xlabel="l2 radius, in [0, 1] pixels", ylim=(0, 1.2))
+        panel.set(ylabel="certified accuracy", yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])  # the legend is above
         panel.legend(loc="upper right")
     return figure
 
 
 def draw_searches(cells: list[dict]):
     """The best ACR on search images so far, by evaluation; HAQ's reward is another."""
-    names = "ARQ", "evolution", "random", "ARQ from f"
+    names = ["ARQ", "evolution", "random", "ARQ from f", "ARQ" + compare.LONG, "evolution" + compare.LONG]
     searched = [c for c in cells if c["method"] in names]
     groups = sorted({(c["sigma"], c["budget"]) for c in searched}, key=lambda g: (g[0], -g[1]))
     if not groups:
@@ -186,11 +191,12 @@ def draw_searches(cells: list[dict]):
             some = [c for c in of(cells, method, sigma) if c["budget"] == budget]
             for number, cell in enumerate(some):
                 best = torch.tensor(cell["search_acr"]).cummax(0).values
-                style = {**style_of(method), "marker": ""}
+                style = {**style_of(method), "marker": "", "drawstyle": "steps-post"}
                 panel.plot(range(1, len(best) + 1), best, label=None if number else method, **style)
-        panel.set(title=f"sigma = {sigma:g}, budget {100 * budget:g} %", xlabel="evaluation")
+        panel.set(title=f"sigma = {sigma:g}, budget {100 * budget:g} %", xlabel="evaluation", xscale="log")
         panel.set(ylabel="best reward's ACR")
-        panel.legend(loc="lower right")
+    found = {text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels())}
+    figure.legend(found.values(), found, loc="outside lower center", ncols=len(names), frameon=False)
     return figure
 
 
@@ -210,7 +216,7 @@ def main(argv=None) -> None:
     }
     for name, figure in figures.items():
         if figure is not None:
-            figure.savefig(options.out / f"{name}.png", dpi=80)
+            figure.savefig(options.out / f"{name}.png", dpi=90)
 
 
 if __name__ == "__main__":

@@ -572,8 +572,10 @@ def test_what_is_written_of_the_comparison_is_what_its_cells_hold():
             assert models.load_model(packed)[2]["policy"] == cell["policy"]
             assert arq.digest(packed.read_bytes()) == cell["network"]
     rows = set(compare.table_of(cells).splitlines()) - {""}
-    short = {*compare.headline_of(cells).splitlines(), *compare.summary_of(cells).splitlines()}
-    rest = {*compare.costs_of(cells).splitlines(), *compare.paired_of(cells).splitlines()}
+    shown = compare.summary_of(cells, compare.FLOAT + compare.SHOWN)
+    short = {*compare.headline_of(cells).splitlines(), *shown.splitlines()}
+    rest = {*compare.summary_of(cells).splitlines()}
+    rest |= {*compare.costs_of(cells).splitlines(), *compare.paired_of(cells).splitlines()}
     rest |= {*compare.rewards_of(cells).splitlines(), *compare.repeated_of(cells).splitlines()}
     first, second = (
         set((compare.ROOT / name).read_text().splitlines()) for name in ("README.md", "results/README.md")
@@ -581,6 +583,7 @@ def test_what_is_written_of_the_comparison_is_what_its_cells_hold():
     assert short <= first and short | rows | rest <= second
     assert {line for line in first | second if line.count("|") == 11} <= rows
     assert {line for line in first if line.startswith(("| 0.25 |", "| 0.5 |", "| 1 |"))} <= short
+    assert {line for line in first if line.count("|") == 9} <= short
 
 
 def test_what_is_written_of_the_recipe_is_what_its_trials_hold(capsys):
