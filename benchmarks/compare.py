@@ -3,7 +3,8 @@
     python benchmarks/compare.py --data DIR --checkpoints DIR [--cells sigma0.25-budget0.015 ...]
 
 A cell is (method, sigma, budget, seed). Each finished one is a JSON and its certificates under
-results/compare/; the command goes on where it stopped, in the order of CELLS, and ends with the table.
+results/compare/; the command goes on where it stopped, in the order of CELLS, and ends with the tables, which
+it keeps there in TABLES.md, too.
 --checkpoints holds resnet20_cifar10_sigma{0.25,0.50,1.00}.pt, --data the images of CIFAR-10.
 --cells: only those named, or whose names begin so; several commands may work on different ones at a time.
 --table: print the tables of what is there, and stop.
@@ -286,9 +287,7 @@ def clean_accuracy(network, frame: Frame) -> float:
     return right / len(images)
 
 
-TITLES = (
-    "method | seed | BitOPs, % | bytes | ACR | less base's | accuracy, % | less base's | clean, % | minutes"
-)
+TITLES = "method | seed | BitOPs, % | bytes | ACR | less base's | accuracy, % | less base's | clean, % | on"
 
 
 def table_of(results: list[dict]) -> str:
@@ -317,9 +316,14 @@ def row_of(r: dict) -> str:
     of_accuracy = "{:+.1f} ({:+.1f} to {:+.1f})".format(*values)
     if r["method"] == "base":
         of_acr = of_accuracy = ""
-    minutes = sum(stage["seconds"] for stage in r["stages"].values()) / 60
     cells += [of_acr, f"{100 * r['accuracy']:.1f}", of_accuracy, f"{100 * r['accuracy_without_noise']:.1f}"]
-    return f"| {' | '.join(map(str, cells))} | {minutes:.0f} |"
+    return f"| {' | '.join(map(str, cells))} | {device_of(r)} |"
+
+
+def device_of(r: dict) -> str:
+    """A part of a GPU, or of a CPU, or first the one and then the other: what the minutes stand for."""
+    gpu, cpu = "NVIDIA" in r["processor"], "x86_64" in r["processor"]
+    return "GPU, CPU" if gpu and cpu else "GPU" if gpu else "CPU"
 
 
 def mean_rows(tables: list[list]) -> list[certify.Certificate]:
@@ -340,27 +344,34 @@ def at(results: list[dict], method: str, sigma: float, budget: float, n: int = 1
     return [r for r in results if place.items() <= r.items()]
 
 
-def paired_of(results: list[dict]) -> str:
-    """ARQ's ACR less every other method's, over the seeds that both have, with paired standard errors."""
-    lines = []
-    for sigma, n, budget in sorted({(r["sigma"], r["n"], r["budget"]) for r in results if r["budget"] < 1}):
-        ours = at(results, "ARQ", sigma, budget, n)
-        for method in sorted({r["method"] for r in results} - {"ARQ"}) if ours else ():
-            theirs = at(results, method, sigma, budget, n)
-            seeds = {r["seed"] for r in ours}
-            if method not in FLOAT:
-                seeds &= {r["seed"] for r in theirs}
-                theirs = [r for r in theirs if r["seed"] in seeds]
-            pair = [r for r in ours if r["seed"] in seeds], theirs
-            if theirs and seeds:
-                difference = certify.acr_difference(*map(rows_of, pair))
-                where = f"sigma {sigma:g}, {100 * budget:g} %, n = {n:,}, seeds {sorted(seeds)}"
-                lines.append("{}: ARQ less {}: {:+.4f} +- {:.4f}".format(where, method, *difference))
+def paired_of(results: list[dict], ours: str = "ARQ") -> str:
+    """Markdown: ACR of ours less each other method's, in a column for each sigma and budget, with standard
+    errors over images, paired, over the seeds that both have. (2): two seeds."""
+    places = sorted({(r["sigma"], -r["budget"]) for r in results if r["method"] == ours and r["n"] == 1000})
+    titles = [f"{sigma:g}, {-100 * budget:g} %" for sigma, budget in places]
+    lines = [" | ".join([f"| {ours} less", *titles]) + " |", "|---" * (1 + len(places)) + "|"]
+    for method in dict.fromkeys([*FLOAT, *SHOWN, *METHODS, *GRADIENT, *AGENTS, MODEL]):
+        found = [difference_of(results, ours, method, sigma, -budget) for sigma, budget in places]
+        if method != ours and any(found):
+            lines.append(" | ".join([f"| {method}", *found]) + " |")
     return "\n".join(lines)
 
 
+def difference_of(results: list[dict], ours: str, method: str, sigma: float, budget: float) -> str:
+    """ACR of one method less another's at one place, as `paired_of` shows it."""
+    pair = [at(results, name, sigma, budget) for name in (ours, method)]
+    seeds = {r["seed"] for r in pair[0]}
+    if method not in FLOAT:  # they have one seed
+        seeds &= {r["seed"] for r in pair[1]}
+        pair = [[r for r in some if r["seed"] in seeds] for some in pair]
+    if not all(pair):
+        return ""
+    mean, error = certify.acr_difference(*map(rows_of, pair))
+    return f"{mean:+.4f} ({error:.4f})" + (f" ({len(seeds)})" if len(seeds) > 1 else "")
+
+
 def summary_of(results: list[dict], methods: list[str] | None = None) -> str:
-    """Markdown: ACR (n = 1,000, mean over seeds) of methods, in a column for each sigma and budget."""
+    """Markdown: ACR (n = 1,000) of methods, in a column for each sigma and budget. (2): mean of two seeds."""
     columns = sorted({(r["sigma"], -r["budget"]) for r in results if r["budget"] < 1 and r["n"] == 1000})
     titles = [f"{sigma:g}, {-100 * budget:g} %" for sigma, budget in columns]
     lines = [" | ".join(["| method; sigma, budget", *titles]) + " |", "|---" * (1 + len(columns)) + "|"]
@@ -369,6 +380,7 @@ def summary_of(results: list[dict], methods: list[str] | None = None) -> str:
         found = [at(results, method, sigma, -budget) for sigma, budget in columns]
         if any(found):
             acrs = [arq.shown(certify.average_certified_radius(rows_of(f))) if f else "" for f in found]
+            acrs = [f"{acr} ({len(f)})" if len(f) > 1 else acr for acr, f in zip(acrs, found)]
             lines.append(" | ".join([f"| {method}", *acrs]) + " |")
     return "\n".join(lines)
 
@@ -380,15 +392,15 @@ def headline_of(results: list[dict]) -> str:
     rank = {"base": 0, "control": 1, "ARQ": 2}
     of = [r for r in results if r["n"] == 10_000]
     for r in sorted(of, key=lambda r: (r["sigma"], rank[r["method"]])):
-        method, _, *cells, _ = [part.strip() for part in row_of(r)[1:-1].split("|")]
+        method, _, *cells, _ = [part.strip() for part in row_of(r)[1:-1].split("|")]  # no seed, no device
         lines.append(" | ".join([f"| {r['sigma']:g}", method, *cells]) + " |")
     return "\n".join(lines)
 
 
 def costs_of(results: list[dict]) -> str:
     """Markdown: what choosing the bits took; passes are images through a network, in training too."""
-    titles = "method | cell | evaluations | training images | passes, millions | minutes"
-    lines = [f"| {titles} |", "|---" * 6 + "|"]
+    titles = "method | cell | evaluations | training images | passes, millions | minutes | on"
+    lines = [f"| {titles} |", "|---" * 7 + "|"]
     for r in results:
         if r["method"] not in FLOAT and r["n"] == 1000:
             parts = [r["stages"].get(name) for name in ("train for all policies", "choose")]
@@ -399,7 +411,7 @@ def costs_of(results: list[dict]) -> str:
                 r["evaluations"],
             ]
             cells += [f"{r['training_images_of_the_choice']:,}", f"{passes / 1e6:.2f}"]
-            lines.append(f"| {' | '.join(map(str, cells))} | {seconds / 60:.1f} |")
+            lines.append(f"| {' | '.join(map(str, cells))} | {seconds / 60:.1f} | {device_of(r)} |")
     return "\n".join(lines)
 
 
@@ -426,13 +438,31 @@ def repeated_of(results: list[dict]) -> str:
     """Markdown: the cells of results/compare-cpu/ beside those of the same name."""
     lines = ["| sigma 0.25 | ACR on CPUs | less base's | on the GPU | less base's |", "|---" * 5 + "|"]
     for c in sorted(finished(CPU), key=lambda c: (-c["budget"], -c["acr"])):
-        (again,) = [r for r in results if name_of(r) == name_of(c)]
+        again = next((r for r in results if name_of(r) == name_of(c)), None)
+        if again is None:
+            continue
         row = [c["method"] if c["budget"] == 1 else f"{c['method']}, {100 * c['budget']:g} %"]
         for r in (c, again):
             less = "" if c["method"] == "base" else "{mean:+.4f}".format(**r["acr_difference"])
             row += [arq.shown(r["acr"]), less]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
+
+
+def tables_of(results: list[dict]) -> str:
+    """Markdown: all that TABLES.md holds."""
+    parts = {
+        "The float networks and ARQ with n = 10,000": headline_of,
+        "ACR": summary_of,
+        "ARQ against each other method": paired_of,
+        "ARQ with 600 episodes against each other method": partial(paired_of, ours="ARQ" + LONG),
+        "Every cell": table_of,
+        "What choosing the bits took": costs_of,
+        "Rewards of the searches": rewards_of,
+        "Cells repeated on CPUs": repeated_of,
+    }
+    texts = [f"## {title}\n\n{part(results)}\n" for title, part in parts.items()]
+    return "# Tables of the comparison\n\nMade by `python benchmarks/compare.py`.\n\n" + "\n".join(texts)
 
 
 def finished(folder: Path | None = None) -> list[dict]:
@@ -462,10 +492,9 @@ def main(argv=None) -> None:
                 run(c, options.data, options.checkpoints)
             except ValueError as error:  # a missing file, another process at work
                 parser.error(str(error))
-    parts = headline_of, summary_of, table_of, paired_of, costs_of, rewards_of
-    print(*(part(finished()) for part in parts), sep="\n\n")
-    if {name_of(c) for c in finished(CPU)} <= {name_of(r) for r in finished()}:
-        print("", repeated_of(finished()), sep="\n")
+    text = tables_of(finished())
+    arq.write_whole(OUT / "TABLES.md", text.encode())
+    print(text)
 
 
 if __name__ == "__main__":

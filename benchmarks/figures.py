@@ -4,9 +4,9 @@
 
 It needs matplotlib, and writes comparison.png (the paper's Figure 1: ACR and clean accuracy over BitOPs),
 sizes.png (Figure 3: the same over model size), policies.png (Figure 4: bits per layer), radii.png (certified
-accuracy over radius) and searches.png (ACR by evaluation). Error bars are 95 % intervals over images, paired
-with the float base's; seeds are averaged. What no finished cell holds is left out, and so are variants in the
-first two: compare.SHOWN names what they draw.
+accuracy over radius) and searches.png (rewards by evaluation). Error bars are 95 % intervals over images of
+the difference to the float base; seeds are averaged. What no finished cell holds is left out, and so are
+variants in the first two: compare.SHOWN names what they draw.
 """
 
 import argparse
@@ -51,10 +51,10 @@ def style_of(method: str) -> dict:
     return style | hollow | {"markersize": 6, "zorder": 3 + (method == "ARQ")}
 
 
-def read_cells(folder: Path) -> list[dict]:
-    """Finished cells with n = 1,000, each with its certificates."""
+def read_cells(folder: Path, n: int = 1000) -> list[dict]:
+    """Finished cells with that n, each with its certificates."""
     cells = [json.loads(file.read_text()) | {"file": file} for file in sorted(folder.glob("*.json"))]
-    cells = [cell for cell in cells if cell["n"] == 1000]
+    cells = [cell for cell in cells if cell["n"] == n]
     for cell in cells:
         cell["rows"] = certify.read_certificates(cell["file"].with_suffix(".tsv"))
     return cells
@@ -75,13 +75,13 @@ def sigmas_of(cells: list[dict]) -> list[float]:
     return sorted({cell["sigma"] for cell in cells})
 
 
-def draw_tradeoff(cells: list[dict], cost, label: str):
-    """ACR over cost, a panel for each sigma, and the difference in clean accuracy, mean of sigmas. Methods
-    stand a little beside each other, so that error bars of one budget can be told apart."""
+def draw_tradeoff(cells: list[dict], cost, label: str, beside: float = 0.0):
+    """ACR over cost, a panel for each sigma, and the difference in clean accuracy, mean of sigmas.
+    beside: the share of the axis over which methods of the same cost are spread, to tell their bars apart."""
     sigmas = sigmas_of(cells)
     costs = [cost(cell) for cell in cells if cell["budget"] < 1] or [1.0]
     narrow, widest = 0.6 * min(costs), 1.1 * max(costs)
-    places = torch.linspace(-0.05, 0.05, len(compare.SHOWN)).tolist()
+    places = torch.linspace(-beside / 2, beside / 2, len(compare.SHOWN)).tolist()
     aside = {method: place * (widest - narrow) for method, place in zip(compare.SHOWN, places)}
     rows = -(-(len(sigmas) + 1) // 2)
     figure, axes = plt.subplots(rows, 2, figsize=(10, 3.4 * rows + 0.6), layout="constrained", squeeze=False)
@@ -130,52 +130,58 @@ def draw_tradeoff(cells: list[dict], cost, label: str):
 
 
 def draw_policies(cells: list[dict]):
-    """ARQ's bits, layer by layer: dots for weights, crosses for inputs."""
-    chosen = [
-        c for s in sigmas_of(cells) for c in of(cells, "ARQ", s) if c["budget"] == 0.015 and c["seed"] == 0
-    ]
-    if not chosen:
+    """ARQ's bits, layer by layer: dots for weights, crosses for inputs; a row for each budget."""
+    budgets = sorted(
+        {c["budget"] for c in of(cells, "ARQ") if c["sigma"] != 0.25}, reverse=True
+    )  # of all sigmas
+    sigmas = sigmas_of(cells)
+    if not budgets:
         return None
-    figure, axes = plt.subplots(
-        1, len(chosen), figsize=(4.2 * len(chosen), 3), layout="constrained", squeeze=False
-    )
-    for cell, panel in zip(chosen, axes[0]):
-        weights, inputs = zip(*cell["policy"].values())
-        layers = range(1, len(weights) + 1)
-        panel.plot(layers, weights, "o", color="black", label="weights")
-        panel.plot(layers, inputs, "x", color="tab:red", label="input", markersize=8, markeredgewidth=2)
-        cost = 100 * cell["bitops_ratio"]
-        panel.set(title=f"sigma = {cell['sigma']:g}, {cost:.3f} % of BitOPs", ylim=(1.5, 9.8))
-        panel.set(xlabel="layer, in order of execution", ylabel="bits")
-        panel.legend(loc="upper center", ncols=2)
+    size = 3.6 * len(sigmas), 2.5 * len(budgets)
+    figure, axes = plt.subplots(len(budgets), len(sigmas), figsize=size, layout="constrained", squeeze=False)
+    for budget, row in zip(budgets, axes):
+        for sigma, panel in zip(sigmas, row):
+            some = [c for c in of(cells, "ARQ", sigma) if c["budget"] == budget and c["seed"] == 0]
+            for cell in some:
+                weights, inputs = zip(*cell["policy"].values())
+                layers = range(1, len(weights) + 1)
+                panel.plot(layers, weights, "o", color="black", label="weights")
+                panel.plot(
+                    layers, inputs, "x", color="tab:red", label="input", markersize=8, markeredgewidth=2
+                )
+            panel.set(title=f"sigma = {sigma:g}, budget {100 * budget:g} %", ylim=(1.5, 8.5), ylabel="bits")
+    for panel in axes[-1]:
+        panel.set_xlabel("layer, in order of execution")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
 def draw_radii(cells: list[dict]):
-    """Certified accuracy over radius: the float base, its fine-tuned twin, and ARQ."""
+    """Certified accuracy over radius: the float base, its fine-tuned twin, and ARQ at 1.5 %."""
     sigmas = sigmas_of(cells)
     figure, axes = plt.subplots(
         1, len(sigmas), figsize=(4.2 * len(sigmas), 3.2), layout="constrained", squeeze=False
     )
     lines = {"base": ("black", "--", "float base"), "control": ("gray", ":", "float, fine-tuned alike")}
-    lines["ARQ"] = ("tab:red", "-", "ARQ")
+    lines["ARQ"] = ("tab:red", "-", "ARQ, 1.5 %")
     for sigma, panel in zip(sigmas, axes[0]):
-        radii = torch.linspace(0, 2.6 * sigma, 261).tolist()
+        radii = torch.linspace(0, 3.3 * sigma, 331).tolist()
         for method, (color, style, name) in lines.items():
             some = [c for c in of(cells, method, sigma) if c["budget"] in (1.0, 0.015) and c["seed"] == 0]
             for cell in some[:1]:
                 values = [certify.certified_accuracy(cell["rows"], radius) for radius in radii]
                 text = f"{name}: ACR {int(cell['acr'] * 1e4) / 1e4:.4f}"
                 panel.plot(radii, values, style, color=color, label=text)
-        panel.set(title=f"sigma = {sigma:g}", xlabel="l2 radius, in [0, 1] pixels", ylim=(0, 1.2))
+        panel.set(title=f"sigma = {sigma:g}, n = 10,000", xlabel="l2 radius, in [0, 1] pixels", ylim=(0, 1.2))
         panel.set(ylabel="certified accuracy", yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])  # the legend is above
         panel.legend(loc="upper right")
     return figure
 
 
 def draw_searches(cells: list[dict]):
-    """The best ACR on search images so far, by evaluation; HAQ's reward is another."""
-    names = ["ARQ", "evolution", "random", "ARQ from f", "ARQ" + compare.LONG, "evolution" + compare.LONG]
+    """Rewards as ACR on search images, means of twenty, by evaluation. HAQ's reward is another."""
+    names = ["ARQ", "evolution", "random", "ARQ" + compare.LONG, "evolution" + compare.LONG]
     searched = [c for c in cells if c["method"] in names]
     groups = sorted({(c["sigma"], c["budget"]) for c in searched}, key=lambda g: (g[0], -g[1]))
     if not groups:
@@ -190,11 +196,13 @@ def draw_searches(cells: list[dict]):
         for method in names:
             some = [c for c in of(cells, method, sigma) if c["budget"] == budget]
             for number, cell in enumerate(some):
-                best = torch.tensor(cell["search_acr"]).cummax(0).values
-                style = {**style_of(method), "marker": "", "drawstyle": "steps-post"}
-                panel.plot(range(1, len(best) + 1), best, label=None if number else method, **style)
+                means = torch.tensor(cell["search_acr"]).unfold(0, 20, 1).mean(1)
+                style = {**style_of(method), "marker": ""}
+                panel.plot(range(20, 20 + len(means)), means, label=None if number else method, **style)
         panel.set(title=f"sigma = {sigma:g}, budget {100 * budget:g} %", xlabel="evaluation", xscale="log")
-        panel.set(ylabel="best reward's ACR")
+        panel.set(ylabel="ACR, mean of the last 20")
+        panel.set_xticks([20, 50, 100, 200, 600], ["20", "50", "100", "200", "600"], minor=False)
+        panel.minorticks_off()
     found = {text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels())}
     figure.legend(found.values(), found, loc="outside lower center", ncols=len(names), frameon=False)
     return figure
@@ -208,10 +216,12 @@ def main(argv=None) -> None:
     cells = read_cells(options.cells)
     plt.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3})
     figures = {
-        "comparison": draw_tradeoff(cells, lambda cell: 100 * cell["bitops_ratio"], "BitOPs, % of float"),
+        "comparison": draw_tradeoff(
+            cells, lambda cell: 100 * cell["bitops_ratio"], "BitOPs, % of float", 0.08
+        ),
         "sizes": draw_tradeoff(cells, lambda cell: cell["size_bytes"] / 1000, "weights, kB"),
         "policies": draw_policies(cells),
-        "radii": draw_radii(cells),
+        "radii": draw_radii(read_cells(options.cells, 10_000)),
         "searches": draw_searches(cells),
     }
     for name, figure in figures.items():
