@@ -619,7 +619,7 @@ def test_the_integer_program_finds_the_best_policy_of_the_model():
 
 # ---- the scripts ----
 
-SCRIPTS = "attack batchnorm certificates compare figures luck networks proxy".split()
+SCRIPTS = "attack batchnorm certificates compare figures limpq luck networks proxy".split()
 SCRIPTS += "ranking recipe resume scale search shapes shared speed steps surrogate".split()
 
 
