@@ -434,6 +434,20 @@ def means_of(results: list[dict], methods, block: int, episodes: int) -> str:
     return "\n".join(lines)
 
 
+def outcomes_of(results: list[dict], sigma: float = 0.25, budget: float = 0.008) -> str:
+    """Markdown: the best reward of each search there, as ACR, and what became of it; best network first."""
+    titles = "search | seed | evaluations | best reward | best finalist | ACR of its network"
+    lines = [f"| {titles} |", "|---" * 6 + "|"]
+    alike = "ARQ", "ARQ 24 steps", "evolution", "random"  # of one reward, from one start
+    names = [*alike, *(name + LONG for name in alike)]
+    of = [r for name in names for r in at(results, name, sigma, budget)]
+    for r in sorted(of, key=lambda r: -r["acr"]):
+        best = [max(r[name]) for name in ("search_acr", "finalist_acr")]
+        cells = [r["method"], r["seed"], len(r["search_acr"]), *(f"{acr:.4f}" for acr in best)]
+        lines.append(f"| {' | '.join(map(str, [*cells, arq.shown(r['acr'])]))} |")
+    return "\n".join(lines)
+
+
 def repeated_of(results: list[dict]) -> str:
     """Markdown: the cells of results/compare-cpu/ beside those of the same name."""
     lines = ["| sigma 0.25 | ACR on CPUs | less base's | on the GPU | less base's |", "|---" * 5 + "|"]
@@ -459,6 +473,7 @@ def tables_of(results: list[dict]) -> str:
         "Every cell": table_of,
         "What choosing the bits took": costs_of,
         "Rewards of the searches": rewards_of,
+        "Searches at sigma 0.25, 0.8 %": outcomes_of,
         "Cells repeated on CPUs": repeated_of,
     }
     texts = [f"## {title}\n\n{part(results)}\n" for title, part in parts.items()]

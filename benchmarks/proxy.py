@@ -42,8 +42,8 @@ def table_of(found: dict) -> str:
             rewards = " | ".join(f"{row[start]:.4f}" for start in STARTS)
             where = f"{row['method']}, sigma {sigma:g}, {100 * budget:g} %"
             lines.append(f"| {where} | {rewards} | {row['final']:.4f} |")
-        taus = [kendalltau([r[start] for r in rows], [r["final"] for r in rows])[0] for start in STARTS]
-        shown = " | ".join(f"{tau:.2f}" for tau in taus)
+        taus = [kendalltau([r[start] for r in rows], [r["final"] for r in rows]) for start in STARTS]
+        shown = " | ".join(f"{tau:.2f} (p = {p:.2f})" for tau, p in taus)
         lines.append(f"| Kendall's tau of these {len(rows)} | {shown} | |")
     return "\n".join(lines)
 
