@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import arq
 import certify
 import models
-from benchmarks import compare, incremental, proxy, recipe, rivals, shared, surrogate
+from benchmarks import compare, incremental, limpq, proxy, recipe, rivals, shared, surrogate
 from certify import ABSTAIN, Smooth
 from ddpg import DDPGConfig
 
@@ -581,6 +581,22 @@ def test_what_is_written_of_the_comparison_is_what_its_cells_hold():
     for part in (compare.summary_of(cells), compare.paired_of(cells), compare.paired_of(cells, long)):
         assert part in second
     assert compare.rewards_of(cells).split("\n\n")[1] in second and compare.repeated_of(cells) in second
+    assert compare.outcomes_of(cells) in second
+    (cell,) = compare.at(cells, "ARQ", 0.25, 0.006)  # one seed, so the difference is the cell's own
+    difference = "{mean:+.4f} ({standard_error:.4f})".format(**cell["acr_difference"])
+    assert compare.difference_of(cells, "ARQ", "base", 0.25, 0.006) == difference
+    same = [row["same"] for row in json.loads(limpq.OUT.read_text())]
+    assert f"{min(same)} to {max(same)} of the 40 inner operands" in second
+    names = {compare.name_of(cell) for cell in cells if cell["method"].startswith("LIMPQ")}
+    assert {row["cell"] for row in json.loads(limpq.OUT.read_text())} == names
+
+
+def test_widths_are_compared_operand_by_operand():
+    table = models.quantize_model(models.build_classifier("resnet8", 10).eval(), 32)
+    first = models.uniform_policy(table, 4)
+    second = first | {table[0].name: [4, 4], table[1].name: [4, 5]}  # the first layer does not count
+    same = limpq.same_widths(table, first, second)
+    assert len(same) == 2 * (len(table) - 2) and [i for i, one in enumerate(same) if not one] == [1]
 
 
 def test_what_is_written_of_the_recipe_is_what_its_trials_hold(capsys):
