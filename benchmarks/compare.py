@@ -52,6 +52,7 @@ MODEL = "model of 600 rewards"  # surrogate.py's best policy: what a search that
 METHODS = ["ARQ", "uniform", "evolution", "random", "LIMPQ", "ARQ estimate", "HAQ", "NIPQ"]
 FLOAT = ["base", "control"]  # no policy; the control is fine-tuned as all are
 SHOWN = ["ARQ" + LONG, "ARQ", "LIMPQ", "NIPQ", "evolution" + LONG, "evolution", "HAQ", "random", "uniform"]
+EVERY = list(dict.fromkeys([*FLOAT, *SHOWN, *METHODS, *GRADIENT, *AGENTS, MODEL]))  # in the tables' order
 
 
 def cell(method: str, sigma: float, budget: float, seed: int = 0, n: int = 1000) -> dict:
@@ -321,7 +322,7 @@ def row_of(r: dict) -> str:
 
 
 def device_of(r: dict) -> str:
-    """A part of a GPU, or of a CPU, or first the one and then the other: what the minutes stand for."""
+    """What a cell ran on: "GPU, CPU" is first the one, then the other."""
     gpu, cpu = "NVIDIA" in r["processor"], "x86_64" in r["processor"]
     return "GPU, CPU" if gpu and cpu else "GPU" if gpu else "CPU"
 
@@ -350,7 +351,7 @@ def paired_of(results: list[dict], ours: str = "ARQ") -> str:
     places = sorted({(r["sigma"], -r["budget"]) for r in results if r["method"] == ours and r["n"] == 1000})
     titles = [f"{sigma:g}, {-100 * budget:g} %" for sigma, budget in places]
     lines = [" | ".join([f"| {ours} less", *titles]) + " |", "|---" * (1 + len(places)) + "|"]
-    for method in dict.fromkeys([*FLOAT, *SHOWN, *METHODS, *GRADIENT, *AGENTS, MODEL]):
+    for method in EVERY:
         found = [difference_of(results, ours, method, sigma, -budget) for sigma, budget in places]
         if method != ours and any(found):
             lines.append(" | ".join([f"| {method}", *found]) + " |")
@@ -375,8 +376,7 @@ def summary_of(results: list[dict], methods: list[str] | None = None) -> str:
     columns = sorted({(r["sigma"], -r["budget"]) for r in results if r["budget"] < 1 and r["n"] == 1000})
     titles = [f"{sigma:g}, {-100 * budget:g} %" for sigma, budget in columns]
     lines = [" | ".join(["| method; sigma, budget", *titles]) + " |", "|---" * (1 + len(columns)) + "|"]
-    every = dict.fromkeys([*FLOAT, *SHOWN, *METHODS, *GRADIENT, *AGENTS, MODEL])
-    for method in methods or every:
+    for method in methods or EVERY:
         found = [at(results, method, sigma, -budget) for sigma, budget in columns]
         if any(found):
             acrs = [arq.shown(certify.average_certified_radius(rows_of(f))) if f else "" for f in found]

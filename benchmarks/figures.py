@@ -131,10 +131,9 @@ def draw_tradeoff(cells: list[dict], cost, label: str, beside: float = 0.0):
 
 def draw_policies(cells: list[dict]):
     """ARQ's bits, layer by layer: dots for weights, crosses for inputs; a row for each budget."""
-    budgets = sorted(
-        {c["budget"] for c in of(cells, "ARQ") if c["sigma"] != 0.25}, reverse=True
-    )  # of all sigmas
     sigmas = sigmas_of(cells)
+    places = {(c["sigma"], c["budget"]) for c in of(cells, "ARQ")}
+    budgets = sorted({b for _, b in places if all((s, b) in places for s in sigmas)}, reverse=True)
     if not budgets:
         return None
     size = 3.6 * len(sigmas), 2.5 * len(budgets)
@@ -160,6 +159,8 @@ def draw_policies(cells: list[dict]):
 def draw_radii(cells: list[dict]):
     """Certified accuracy over radius: the float base, its fine-tuned twin, and ARQ at 1.5 %."""
     sigmas = sigmas_of(cells)
+    if not sigmas:
+        return None
     figure, axes = plt.subplots(
         1, len(sigmas), figsize=(4.2 * len(sigmas), 3.2), layout="constrained", squeeze=False
     )

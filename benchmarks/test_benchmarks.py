@@ -591,6 +591,24 @@ def test_what_is_written_of_the_comparison_is_what_its_cells_hold():
     assert {row["cell"] for row in json.loads(limpq.OUT.read_text())} == names
 
 
+def test_figures_are_drawn_from_a_few_cells(tmp_path):
+    """Of one sigma, without n = 10,000 and without searches: what no cell holds is left out."""
+    pytest.importorskip("matplotlib")
+    from benchmarks import figures
+
+    for name in ("sigma0.25-budget1-base-seed0", "sigma0.25-budget0.008-uniform-seed0"):
+        for ending in (".json", ".tsv"):
+            (tmp_path / (name + ending)).write_bytes((compare.OUT / (name + ending)).read_bytes())
+    figures.main(["--cells", str(tmp_path), "--out", str(tmp_path)])
+    assert {file.stem for file in tmp_path.glob("*.png")} == {"comparison", "sizes"}
+    name = "sigma0.25-budget0.008-ARQ-seed0"
+    for ending in (".json", ".tsv"):
+        (tmp_path / (name + ending)).write_bytes((compare.OUT / (name + ending)).read_bytes())
+    figures.main(["--cells", str(tmp_path), "--out", str(tmp_path)])
+    drawn = {file.stem for file in tmp_path.glob("*.png")}
+    assert drawn == {"comparison", "sizes", "policies", "searches"}
+
+
 def test_widths_are_compared_operand_by_operand():
     table = models.quantize_model(models.build_classifier("resnet8", 10).eval(), 32)
     first = models.uniform_policy(table, 4)
