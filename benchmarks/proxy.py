@@ -36,8 +36,9 @@ STARTS = {  # epochs of shared.py, and the method of compare.py that starts ther
 def table_of(found: dict) -> str:
     titles = " | ".join(f"reward, {start}" for start in STARTS)
     lines = [f"| policy of | {titles} | ACR of the final network |", "|---" * (2 + len(STARTS)) + "|"]
-    for sigma, budget in sorted({(row["sigma"], row["budget"]) for row in found.values()}):
-        rows = [row for row in found.values() if (row["sigma"], row["budget"]) == (sigma, budget)]
+    whole = [row for row in found.values() if all(start in row for start in STARTS)]
+    for sigma, budget in sorted({(row["sigma"], row["budget"]) for row in whole}):
+        rows = [row for row in whole if (row["sigma"], row["budget"]) == (sigma, budget)]
         for row in sorted(rows, key=lambda row: -row["final"]):
             rewards = " | ".join(f"{row[start]:.4f}" for start in STARTS)
             where = f"{row['method']}, sigma {sigma:g}, {100 * budget:g} %"
@@ -96,8 +97,8 @@ def main(argv=None) -> None:
                 radii = final.certificate(network, cache)
                 r["final"] = sum(radii) / len(radii)
             print(f"{r['method']}, {start}: {r[start]:.4f}, final {r['final']:.4f}", flush=True)
-    found |= {compare.name_of(r): r for r in here}
-    arq.write_whole(OUT, found)
+            found[compare.name_of(r)] = r
+            arq.write_whole(OUT, found)
     print(table_of(found))
 
 
