@@ -20,6 +20,7 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -45,6 +46,8 @@ AGENTS = {"random": rivals.RandomAgent, "evolution": rivals.EvolutionAgent}
 AGENTS |= {"HAQ": DDPG, "ARQ estimate": DDPG, "ARQ": DDPG}
 AGENTS |= {"ARQ 24 steps": DDPG, "ARQ from f": DDPG}  # from f: without shared.py
 GRADIENT = {"LIMPQ": rivals.limpq, "LIMPQ 24 steps": rivals.limpq, "NIPQ": rivals.nipq}
+RECIPE = " by recipe"  # episodes train from the base as the last fine-tuning does, for four times STEPS
+AGENTS |= {"ARQ" + RECIPE: DDPG}
 LONG = " 600 episodes"  # the default of arq.py; by gradient: as many batches as such a search trains on
 AGENTS |= {name + LONG: AGENTS[name] for name in ("ARQ", "evolution", "random")}
 GRADIENT |= {name + LONG: GRADIENT[name] for name in ("LIMPQ", "NIPQ")}
@@ -74,6 +77,7 @@ CELLS += [cell("ARQ 24 steps", 0.25, 0.008, seed=1)]
 CELLS += [cell(name + LONG, 0.25, 0.008) for name in ("ARQ", "evolution", "LIMPQ", "random", "NIPQ")]
 CELLS += [cell(name + LONG, 0.25, 0.008, seed=1) for name in ("ARQ", "evolution")]
 CELLS += [cell("ARQ" + LONG, *place) for place in ((0.25, 0.006), (0.5, 0.008), (1.0, 0.008), (0.25, 0.015))]
+CELLS += [cell("ARQ" + RECIPE, sigma, 0.008) for sigma in (1.0, 0.5)]
 CELLS += [cell(method, s, 0.015, n=10_000) for s in (0.25, 0.5, 1.0) for method in (*FLOAT, "ARQ")]
 
 
@@ -92,6 +96,7 @@ class Frame:
         checkpoint = checkpoints / f"resnet20_cifar10_sigma{c['sigma']:.2f}.pt"
         budget = 0.5 if c["method"] in FLOAT else c["budget"]  # a float network has none
         steps = 2 * STEPS if c["method"].endswith(" 24 steps") else STEPS
+        steps = 4 * STEPS if c["method"].endswith(RECIPE) else steps
         words = f"{FRAME} --finetune-steps {steps} --sigma {c['sigma']} --budget {budget}"
         words += f" --seed {c['seed']} --n {c['n']}"
         words += " --episodes 600" if c["method"].endswith(LONG) else ""
@@ -101,7 +106,7 @@ class Frame:
         images, self.test_images = arq.load_images(config, True), arq.load_images(config, False)
         self.train_images, self.search_images = arq.hold_out(images, config.search_images)
         self.base = arq.build_base(config, len(images.classes))
-        self.from_base = c["method"].endswith(" from f")
+        self.from_base = c["method"].endswith((" from f", RECIPE))
         self.table = models.quantize_model(copy.deepcopy(self.base), config.image_size)
         self.test_images = self.test_images.subset(arq.evenly_spaced(config.images, len(self.test_images)))
 
@@ -159,6 +164,8 @@ def choose(method: str, frame: Frame, log: Path, state, save) -> models.Policy:
         cache, environment = frame.cache, arq.BitWidthEnvironment(table, budget)
         of = frame.start[0], frame.train_images, frame.search_images, config
         evaluate, again = arq.policy_evaluator(*of), arq.policy_evaluator(*of, final=True)
+        if method.endswith(RECIPE):
+            evaluate, again = by_recipe(evaluate, frame, 1), by_recipe(again, frame, 2)
         if method == "HAQ":
             count = len(frame.train_images)
             some = frame.train_images.subset(arq.evenly_spaced(min(HAQ_IMAGES, count), count))
@@ -179,6 +186,15 @@ def choose(method: str, frame: Frame, log: Path, state, save) -> models.Policy:
         train = partial(arq.train, images=frame.train_images, config=config, steps=steps, lr=arq.FINETUNE_LR)
         policy = GRADIENT[method](copy.deepcopy(frame.base), table, budget, calibrate, train)
     return policy
+
+
+def by_recipe(evaluate: arq.PolicyEvaluator, frame: Frame, times: int = 1) -> arq.PolicyEvaluator:
+    """The same, but trained as `finetune` does, for the steps of an episode or so many times as long."""
+    config = frame.config
+    loss = partial(arq.noise_augmentation, teacher=frame.base, share=config.distill)
+    brief = {"steps": times * config.finetune_steps, "lr": arq.FINETUNE_LR, "purpose": "episode"}
+    train = partial(arq.train, images=frame.train_images, config=config, loss=loss, **brief)
+    return arq.PolicyEvaluator(evaluate.classifier, train, evaluate.certificate)
 
 
 def finetune(frame: Frame, policy, state, save) -> bytes | dict:

@@ -4,7 +4,8 @@
 
 The policies are those of compare.py's finished cells of that sigma and budget, seed 0, whose networks are
 still under runs/compare/. Each gets an episode's reward (IRS, in the cells' frame) from the base and from the
-network that shared.py makes in one epoch or in four, after 12 training steps or 24. The truth is the ACR of
+network that shared.py makes in one epoch or in four, after 12 training steps or 24, and from the base after 48
+steps of the last fine-tuning's recipe. The truth is the ACR of
 the cell's network on the same search images (n = 1,000, the noise of finalists): no test image is used. It
 prints a table with Kendall's tau, and keeps its rows in results/proxy.json.
 """
@@ -26,6 +27,7 @@ from benchmarks import compare, shared  # noqa: E402
 OUT, WORK = ROOT / "results" / "proxy.json", ROOT / "runs" / "proxy"
 STARTS = {  # epochs of shared.py, and the method of compare.py that starts there or has as many steps
     "base": (0, "ARQ from f"),
+    "base, 48 steps of the recipe": (0, "ARQ by recipe"),
     "1 epoch": (1, "ARQ"),
     "1 epoch, 24 steps": (1, "ARQ 24 steps"),
     "4 epochs": (4, "ARQ"),
@@ -90,6 +92,8 @@ def main(argv=None) -> None:
             arq.policy_evaluator(*of, final=True),
             frame.cache,
         )
+        if method.endswith(compare.RECIPE):
+            evaluate = compare.by_recipe(evaluate, frame)
         for r in missing:
             r[start] = evaluate(r["policy"], cache)
             if "final" not in r:
