@@ -20,7 +20,6 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 
