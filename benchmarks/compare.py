@@ -94,8 +94,8 @@ class Frame:
     def __init__(self, c: dict, data: str, checkpoints: Path):
         checkpoint = checkpoints / f"resnet20_cifar10_sigma{c['sigma']:.2f}.pt"
         budget = 0.5 if c["method"] in FLOAT else c["budget"]  # a float network has none
-        steps = 2 * STEPS if c["method"].endswith(" 24 steps") else STEPS
-        steps = 4 * STEPS if c["method"].endswith(RECIPE) else steps
+        longer = {" 24 steps": 2, RECIPE: 4}
+        steps = STEPS * next((longer[end] for end in longer if c["method"].endswith(end)), 1)
         words = f"{FRAME} --finetune-steps {steps} --sigma {c['sigma']} --budget {budget}"
         words += f" --seed {c['seed']} --n {c['n']}"
         words += " --episodes 600" if c["method"].endswith(LONG) else ""
@@ -164,7 +164,7 @@ def choose(method: str, frame: Frame, log: Path, state, save) -> models.Policy:
         of = frame.start[0], frame.train_images, frame.search_images, config
         evaluate, again = arq.policy_evaluator(*of), arq.policy_evaluator(*of, final=True)
         if method.endswith(RECIPE):
-            evaluate, again = by_recipe(evaluate, frame, 1), by_recipe(again, frame, 2)
+            evaluate, again = by_recipe(evaluate, frame), by_recipe(again, frame, times=2)
         if method == "HAQ":
             count = len(frame.train_images)
             some = frame.train_images.subset(arq.evenly_spaced(min(HAQ_IMAGES, count), count))

@@ -5,9 +5,9 @@
 The policies are those of compare.py's finished cells of that sigma and budget, seed 0, whose networks are
 still under runs/compare/. Each gets an episode's reward (IRS, in the cells' frame) from the base and from the
 network that shared.py makes in one epoch or in four, after 12 training steps or 24, and from the base after
-48 steps of the last fine-tuning's recipe. The truth is the ACR of
-the cell's network on the same search images (n = 1,000, the noise of finalists): no test image is used. It
-prints a table with Kendall's tau, and keeps its rows in results/proxy.json.
+48 steps of the last fine-tuning's recipe. The truth is the ACR of the cell's network on the same search
+images (n = 1,000, the noise of finalists): no test image is used. It prints a table with Kendall's tau, and
+keeps its rows in results/proxy.json as they come; the table has those that are whole.
 """
 
 import argparse
