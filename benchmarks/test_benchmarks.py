@@ -487,14 +487,14 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
     monkeypatch.setattr(compare, "OUT", tmp_path / "results")
     monkeypatch.setattr(compare, "WORK", tmp_path / "runs")
     words = "--dataset shapes --device cpu --episodes 3 --finalists 1 --search-images 12 --image-size 16"
-    words += " --search-n 40 --n-p 20 --finetune-epochs 0.03 --images 6 --n0 20"
+    words += " --search-n 40 --n-p 20 --finetune-epochs 0.03 --images 6 --n0 20 --distill 0.5"
     monkeypatch.setattr(compare, "FRAME", words)
     monkeypatch.setattr(compare, "STEPS", 1)
     monkeypatch.setattr(compare, "HAQ_IMAGES", 50)
     monkeypatch.setattr(compare, "SHARED_EPOCHS", 0.05)
     left_out = ("random", "ARQ estimate")  # they go the way of evolution and ARQ
     methods = [one for one in [*compare.FLOAT, *compare.METHODS] if one not in left_out]
-    methods.append("ARQ 24 steps")
+    methods += ["ARQ 24 steps", "ARQ by recipe"]
     cells = [compare.cell(method, 0.25, 0.02) for method in methods]
     monkeypatch.setattr(compare, "CELLS", [cell | {"n": 50} for cell in cells])
     torch.manual_seed(0)
@@ -513,7 +513,8 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
         assert cell["acr_difference"]["mean"] == certify.acr_difference(rows, base_rows)[0]
         assert cell["evaluations"] == (4 if method in compare.AGENTS else 0)
         if method in compare.AGENTS:  # three episodes, and a finalist for twice as long
-            steps = 3 + (3 + 2) * (2 if method.endswith("24 steps") else 1)
+            times = {"ARQ 24 steps": 2, "ARQ by recipe": 4}.get(method, 1)
+            steps = (3 + 2) * times + (0 if method == "ARQ by recipe" else 3)  # it starts from the base
             assert cell["training_images_of_the_choice"] == steps * 128
         assert (cell["bitops_ratio"] == 1) if method in compare.FLOAT else (cell["bitops_ratio"] <= 0.02)
     capsys.readouterr()
