@@ -11,6 +11,7 @@ All of them keep 8 bits in the first and the last layer, and meet the BitOPs bud
 import copy
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,12 +122,12 @@ class PseudoNoise(models.LSQ):
     noise of one step, alpha / q_max(b), in place of rounding (the code draws from the errors' histogram, and
     has one range per tensor). b = 2 + 6 sigmoid(pace theta), with jitter and straight-through rounding,
     learns by gradient; at first b is 5. pace: the code trains 40 epochs of ImageNet at 0.04, where the
-    comparison's 1,200 steps of 0.02 would leave theta where it was; its square is the ratio of the two."""
+    comparison's 1,200 steps of 0.02 would leave theta where it was; its square is the ratio of the two, 18
+    squared, and less for more steps."""
 
-    pace = 18.0
-
-    def __init__(self, channels: int | None = None):
+    def __init__(self, channels: int | None = None, steps: int = 1200):
         super().__init__(channels)
+        self.pace = 18 * math.sqrt(1200 / steps)
         self.theta = nn.Parameter(torch.zeros(()))
         self.fixed = None  # the bit-width of first and last layer
 
@@ -152,12 +153,12 @@ class PseudoNoise(models.LSQ):
         return clipped + noise * (alpha / levels)
 
 
-def nipq(classifier, table, budget: float, calibrate, train, weight: float = 2.0) -> models.Policy:
+def nipq(classifier, table, budget: float, calibrate, train, weight=2.0, steps=1200) -> models.Policy:
     """Learn the bits with the network: cross-entropy + weight * smooth_l1(BitOPs / budget, 1), then round,
     force under the budget, and fill. The penalty sees bits unrounded: at this pace rounded ones, as in the
-    code, would swing about the budget. calibrate(classifier); train(classifier, loss)."""
+    code, would swing about the budget. calibrate(classifier); train(classifier, loss): so many steps."""
     classifier = copy.deepcopy(classifier)
-    models.quantize_model(classifier, table[0].map_size, PseudoNoise)
+    models.quantize_model(classifier, table[0].map_size, partial(PseudoNoise, steps=steps))
     calibrate(classifier)
     models.set_policy(classifier, models.uniform_policy(table, 5))
     layers = models.quant_layers(classifier)
