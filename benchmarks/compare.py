@@ -44,12 +44,13 @@ SHARED_EPOCHS = 1
 AGENTS = {"random": rivals.RandomAgent, "evolution": rivals.EvolutionAgent}
 AGENTS |= {"HAQ": DDPG, "ARQ estimate": DDPG, "ARQ": DDPG}
 AGENTS |= {"ARQ 24 steps": DDPG, "ARQ from f": DDPG}  # from f: without shared.py
-GRADIENT = {"LIMPQ": rivals.limpq, "LIMPQ 24 steps": rivals.limpq, "NIPQ": rivals.nipq}
+GRADIENT = {"LIMPQ": rivals.limpq, "NIPQ": rivals.nipq}
+GRADIENT |= {name + " 24 steps": method for name, method in GRADIENT.items()}
 RECIPE = " by recipe"  # episodes train from the base as the last fine-tuning does, for four times STEPS
 AGENTS |= {"ARQ" + RECIPE: DDPG}
 LONG = " 600 episodes"  # the default of arq.py; by gradient: as many batches as such a search trains on
 AGENTS |= {name + LONG: AGENTS[name] for name in ("ARQ", "evolution")}
-GRADIENT |= {name + LONG: GRADIENT[name] for name in ("LIMPQ", "NIPQ")}
+GRADIENT |= {"LIMPQ" + LONG: rivals.limpq}
 MODEL = "model of 600 rewards"  # surrogate.py's best policy: what a search that knew its rewards would find
 METHODS = ["ARQ", "uniform", "evolution", "random", "LIMPQ", "ARQ estimate", "HAQ", "NIPQ"]
 FLOAT = ["base", "control"]  # no policy; the control is fine-tuned as all are
@@ -70,10 +71,10 @@ CELLS += [cell(method, 0.25, 0.006) for method in FEW]
 CELLS += [cell(method, sigma, 0.008) for sigma in (0.5, 1.0) for method in FEW]
 SEEDED = "ARQ", "evolution", "random", "LIMPQ"
 CELLS += [cell(method, 0.25, budget, seed=1) for budget in (0.008, 0.015) for method in SEEDED]
-LONGER = "ARQ 24 steps", "LIMPQ 24 steps", MODEL
+LONGER = "ARQ 24 steps", "LIMPQ 24 steps", "NIPQ 24 steps", MODEL
 CELLS += [cell(method, 0.25, 0.008) for method in LONGER]
 CELLS += [cell("ARQ 24 steps", 0.25, 0.008, seed=1)]
-CELLS += [cell(name + LONG, 0.25, 0.008) for name in ("ARQ", "evolution", "LIMPQ", "NIPQ")]
+CELLS += [cell(name + LONG, 0.25, 0.008) for name in ("ARQ", "evolution", "LIMPQ")]
 CELLS += [cell("ARQ" + LONG, 0.25, 0.008, seed=1)]
 CELLS += [cell("ARQ" + LONG, *place) for place in ((0.5, 0.008), (1.0, 0.008), (0.25, 0.015))]
 CELLS += [cell("ARQ" + RECIPE, 1.0, 0.008), cell("ARQ" + RECIPE, 0.5, 0.008)]

@@ -413,6 +413,25 @@ def test_steps_of_the_published_scale_learn_faster():
     assert torch.allclose(gradients[1], 7**1.5 * gradients[0])
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_noise_in_place_of_rounding_has_the_gradients_of_autograd(signed):
+    """Of NIPQ's operand, inside the range, beyond it, and for a range per channel."""
+    generator = torch.Generator().manual_seed(0)
+    v, alpha = torch.randn(3, 50, generator=generator), torch.rand(3, 1, generator=generator) + 0.5
+    weights, outcomes = torch.randn(3, 50, generator=generator), []
+    for written_out in (True, False):
+        of = [one.clone().requires_grad_() for one in (v, alpha, alpha / 7)]
+        torch.manual_seed(1)
+        if written_out:
+            out = rivals.ClipWithNoise.apply(*of, signed)
+        else:
+            low = -of[1] if signed else torch.zeros_like(alpha)
+            noise = (torch.rand_like(v) - 0.5) * ((v > low) & (v < of[1]))
+            out = torch.minimum(torch.maximum(of[0], low), of[1]) + noise * of[2]
+        outcomes.append([out, *torch.autograd.grad((out * weights).sum(), of)])
+    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*outcomes))
+
+
 def test_bits_learned_by_gradient_go_where_they_matter():
     """NIPQ within a budget gives the branch that the logits rest on more bits, though forcing and filling
     favour the other. LIMPQ meets the budget, and its steps of every width have learned. The network that they
