@@ -632,6 +632,7 @@ def run(config: Config) -> None:
     print(f"{config.dataset}: {counts}; {config.arch}, sigma {config.sigma:g}; run folder {out}")
     stages.watch(base)
     start = stages.watch(build_base(config, len(images.classes), config.start)) if config.start else base
+    refuse({*start.state_dict()} != {*base.state_dict()}, f"--start {config.start} has other layers")
 
     # 1: the float base classifier f
     base_file = Path(config.checkpoint or "")
@@ -723,6 +724,7 @@ def certify_images(network, images: ImageSet, config: Config, n: int, purpose: s
         x = images.batch(range(len(images))[part], config.device)
         of = x, images.labels[part], images.ids[part], config.n0, n, config.alpha
         rows, predictions, key = g.certify_and_cache(*of, skip_wrong=cached)
+        rows = [row._replace(time="") for row in rows] if cached else rows  # made again, a cache is the same
         return [tuple(row) for row in rows], predictions if cached else None, key
 
     blocks, begun = state or ([], backend)
@@ -907,7 +909,7 @@ def main(argv=None) -> int:
     except ValueError as error:  # ours, and the modules' own refusals; a worker's has its traceback in front
         message = f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}"
     except OSError as error:  # no permission, no space: whatever was finished is on disk
-        where = error.filename or (config.out if error.errno else "--data")  # a class without images
+        where = error.filename or (config.out if error.errno else "--data or --pretrained")
         message = f"error: {where}: {error.strerror or error}; {again}"
     except RuntimeError as error:  # what comes from outside; other kinds are faults of this program
         known = "DataLoader worker", "by peer", "Broken pipe", "NCCL", "device ordinal", "memory", "hash"

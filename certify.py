@@ -197,12 +197,10 @@ class Smooth:
         If p is below, a fresh branch means that f's bound failed, as it may with alpha; a replay fails by it
         or zeta.
 
-        An image whose cached class is wrong costs nothing and counts 0. Raises ValueError for impossible
-        alphas, n_p beyond the cached samples, another sigma than f's."""
+        A wrong cached class costs nothing and counts 0. ValueError: for impossible alphas, n_p or sigma."""
         selected, right, ids = self._cached(cache)
         n, alpha = cache.predictions.shape[1], cache.certificates[0].alpha
-        wrong = not 0 < alpha_zeta < 1 - alpha
-        refuse(wrong, f"alpha + alpha_zeta = {alpha} + {alpha_zeta} must stay between 0 and 1")
+        refuse(not 0 < alpha_zeta < 1 - alpha, f"alpha_zeta must lie between 0 and 1 - {alpha}")
         refuse(n_p > n, f"n_p = {n_p} exceeds the {n} cached samples")
         # c_A, p_A <- what f was certified with
         n_a = torch.tensor([row.n_a for row in cache.certificates])

@@ -334,7 +334,7 @@ class IntegerLayer(nn.Module):
             self.register_buffer(name, getattr(integers, name).clone())
         self.w_bits, self.a_bits, self.signed, self.conv, self.in_shape = integers[4:]
         self.q_min, self.q_max = integer_range(self.a_bits, self.signed)
-        largest = max(-self.q_min, self.q_max) * self.weight.flatten(1).double().abs().sum(1).max()
+        largest = max(-self.q_min, self.q_max) * self.weight.flatten(1).cpu().double().abs().sum(1).max()
         self.sum_type = torch.float32 if largest < 2**24 else torch.float64
 
     def freeze(self) -> Integers:
@@ -359,7 +359,7 @@ def exact_layer(kind: type, integers: Integers, batch: int) -> IntegerLayer | No
     q = torch.randint(q_min, q_max + 1, (2, *integers.in_shape), generator=generator)
     q[1, :, (integers.in_shape[1] + 1) // 2 :] = q_min
     q[1, :, : (integers.in_shape[1] + 1) // 2] = q_max
-    exact = F.conv2d(q.double(), integers.weight.double().cpu(), **integers.conv).float()
+    exact = F.conv2d(q.double(), integers.weight.cpu().double(), **integers.conv).float()
     exact, q = exact.to(integers.weight.device), q.float().to(integers.weight.device)
     copies = max(1, batch // 2), 1, 1, 1
     try:
@@ -390,7 +390,7 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
         kind = f"layer {name}, {type(module).__name__}, has weights that cannot be quantized"
         refuse(other and not isinstance(module, LAYERS), f"{kind}; Conv2d's and Linear's can")
     twin = copy.deepcopy(classifier).eval()  # all is tried on copies
-    body, some = getattr(twin, "net", twin), next(twin.parameters())
+    body, some = twin.net if isinstance(twin, Classifier) else twin, next(twin.parameters())
     refuse(some.dtype != torch.float32, f"the network is in {some.dtype}; call its float() first")
     names = {module: name for name, module in body.named_modules()}
     everything = [module for _, module in body.named_modules(remove_duplicate=False)]
@@ -423,7 +423,7 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
         table.append(Layer(name, shape[1], out.shape[1], *side, weights, macs, depthwise))
 
     def replace(network: nn.Module, norm_of: dict) -> nn.Module:
-        body = getattr(network, "net", network)
+        body = network.net if isinstance(network, Classifier) else network
         for row in table:
             layer, norm = body.get_submodule(row.name), nn.Identity()
             if row.name in norm_of:
@@ -442,7 +442,7 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
 
 def quant_layers(classifier: nn.Module) -> dict[str, QuantLayer | IntegerLayer]:
     """The quantizable layers, or what they were frozen to, by name."""
-    body = getattr(classifier, "net", classifier)
+    body = classifier.net if isinstance(classifier, Classifier) else classifier
     return {name: m for name, m in body.named_modules() if isinstance(m, (QuantLayer, IntegerLayer))}
 
 
@@ -544,6 +544,7 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
     size of header; header (JSON); per layer weights, a_step, scale, shift in float32; SHA-256 of that."""
     missing = {"arch", "image_size", "sigma", "dataset", "classes"} - description.keys()
     refuse(missing, f"the description of the network lacks {sorted(missing)}")
+    refuse(len(description["classes"]) != table[-1].c_out, "the description names more or fewer classes")
     frozen = [quant_layers(classifier)[row.name].freeze() for row in table]
     inside = tuple(f"{row.name}." for row in table)
     rest = {key: v for key, v in classifier.net.state_dict().items() if not key.startswith(inside)}
@@ -585,7 +586,7 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
     of = saved["arch"], len(saved["classes"]), saved["mean"], saved["std"]
     classifier = build_classifier(*of, **options)
     table = quantize_model(classifier, saved["image_size"])
-    for row, (w_bits, a_bits), signed in zip(table, saved["policy"], saved["signed"]):
+    for row, (w_bits, a_bits), signed in zip(table, saved["policy"], saved["signed"], strict=True):
         layer = quant_layers(classifier)[row.name]
         size = math.ceil(row.weights * w_bits / 8)
         count = 1 + 2 * row.c_out
@@ -604,10 +605,9 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
 def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "float32")) -> nn.Module:
     """The network as it is evaluated and certified: a frozen copy, in evaluation mode, on the same device.
     Every quantized layer runs on the first of `backends` that is exact for it at batches of `batch`, by which
-    GPUs choose kernels; layers of 32 bits stay. `network.backend` names what runs ("int8", "float32",
-    "int8+float32", "float"). Predictions do not depend on the batch size. RuntimeError if none is exact."""
+    GPUs choose kernels; layers of 32 bits stay. `network.backend` names it. RuntimeError if none is exact."""
     network = copy.deepcopy(classifier).eval()
-    body = getattr(network, "net", network)
+    body = network.net if isinstance(network, Classifier) else network
     used = set()
     for name, layer in quant_layers(network).items():
         if layer.w_bits == FLOAT_BITS:
@@ -725,8 +725,8 @@ def fuse(network: nn.Module) -> nn.Module:
         if after and after.target in ADDS and len(after.all_input_nodes) == 2 and not after.kwargs:
             other = next(part for part in after.all_input_nodes if part is not node)
             # The sum overwrites the other part: nobody may read that later, nor may it be a view.
-            owned = module(other, (IntegerLayer, nn.MaxPool2d, nn.ReLU))
-            owned = owned or other.target in (*ADDS, F.pad, F.relu)
+            owned = module(other, (IntegerLayer, nn.MaxPool2d)) or other.target in (*ADDS, F.pad, F.relu)
+            owned = owned or module(other, nn.ReLU) and only_user(other.args[0])  # it may be in place
             shapes = [part.meta["tensor_meta"].shape for part in (node, other)]
             alike = shapes[0] == shapes[1] and len(shapes[0]) == 4 and node.args[0] not in overwritten
             if owned and alike and max(other.users) is after:

@@ -1060,7 +1060,22 @@ class OtherSums(nn.Module):
         return self.last(F.relu(h + self.fd(h)))
 
 
-@pytest.mark.parametrize("kind", [TwoReaders, OtherSums])
+class InPlace(nn.Module):
+    """A ReLU that overwrites `y`, which is read again after a sum with what the ReLU gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8))
+        self.relu, self.fc = nn.ReLU(inplace=True), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.first(x)
+        a = self.relu(y)
+        z = self.second(a) + a
+        return self.fc((self.third(z) + y).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [TwoReaders, OtherSums, InPlace])
 @pytest.mark.parametrize("backend", backends())
 def test_sums_of_every_kind_agree_with_the_simulation(backend, kind):
     torch.manual_seed(0)
@@ -1266,6 +1281,21 @@ def test_a_refused_network_stays_as_it_was(words):
     assert all(torch.equal(after[key].nan_to_num(), before[key].nan_to_num()) for key in before)
 
 
+class Headed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net, self.middle, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.middle(self.net(x)).mean((2, 3)))
+
+
+def test_layers_beside_one_called_net_are_quantized_too():
+    network = Headed().eval()
+    table = models.quantize_model(network, 8)
+    assert [row.name for row in table] == list(models.quant_layers(network)) == ["net", "middle", "head"]
+
+
 def test_no_exact_backend_is_an_error_that_names_the_layer():
     with pytest.raises(RuntimeError, match="layer conv1: no sums are exact"):
         models.integer_network(quantized("resnet8")[0], backends=())
@@ -1451,6 +1481,16 @@ def test_nothing_is_packed_that_could_not_be_loaded_again():
         rest = {key: value for key, value in DESCRIPTION.items() if key != name}
         with pytest.raises(ValueError, match=name):
             models.pack_model(classifier, table, rest)
+    with pytest.raises(ValueError, match="fewer classes"):
+        models.pack_model(classifier, table, DESCRIPTION | {"classes": DESCRIPTION["classes"][1:]})
+
+
+@pytest.mark.parametrize("arch", ["resnet8", "resnet32"])
+def test_a_network_packed_under_the_name_of_another_is_refused(arch, tmp_path):
+    classifier, table = quantized(bits=4)
+    (tmp_path / "m.arq").write_bytes(models.pack_model(classifier, table, DESCRIPTION | {"arch": arch}))
+    with pytest.raises(ValueError):
+        models.load_model(tmp_path / "m.arq")
 
 
 def test_no_corrupted_file_is_taken_for_a_network(tmp_path):
@@ -2269,6 +2309,9 @@ def test_files_that_are_no_use_are_refused_in_one_line(tmp_path, monkeypatch, ca
     monkeypatch.chdir(tmp_path)
     Path("empty.pt").touch()
     assert fails(["--checkpoint", "empty.pt"], capsys, "empty.pt", "empty")
+    for name, options in (("base.pt", {}), ("other.pt", {"option_a": True})):
+        torch.save(models.build_classifier("resnet8", 10, **options).net.state_dict(), name)
+    assert fails("--checkpoint base.pt --start other.pt".split(), capsys, "--start other.pt", "layers")
     for name in ("train/a", "train/b", "test/a", "test/b"):
         Path("data", name).mkdir(parents=True)
     assert fails("--dataset folder --data data".split(), capsys, "--data", "for the classes a, b")
@@ -2518,10 +2561,12 @@ def test_a_restart_that_is_stopped_leaves_no_mixture(copied_run, monkeypatch, ca
     assert arq.main([*SMALL, "--out", "run", "--restart"]) == 0
     whole = contents(copied_run / "run")
     assert contents(Path("run")) == whole
-    shutil.rmtree("runs/bases")  # a base that is trained again to the same weights leaves the rest as it is
-    capsys.readouterr()
-    assert arq.main([*SMALL, "--out", "run"]) == 0
-    assert capsys.readouterr().out.count("finished earlier") == 5 and contents(Path("run")) == whole
+    # A base or a cache that is made again, and is the same, leaves the rest as it is.
+    for remove in (lambda: shutil.rmtree("runs/bases"), Path("run/search_cache.pt").unlink):
+        remove()
+        capsys.readouterr()
+        assert arq.main([*SMALL, "--out", "run"]) == 0
+        assert capsys.readouterr().out.count("finished earlier") == 5 and contents(Path("run")) == whole
 
 
 @pytest.mark.slow
