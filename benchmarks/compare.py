@@ -77,7 +77,7 @@ CELLS += [cell("ARQ 24 steps", 0.25, 0.008, seed=1)]
 CELLS += [cell(name + LONG, 0.25, 0.008) for name in ("ARQ", "evolution", "LIMPQ")]
 CELLS += [cell("ARQ" + LONG, 0.25, 0.008, seed=1)]
 CELLS += [cell("ARQ" + LONG, *place) for place in ((0.5, 0.008), (1.0, 0.008), (0.25, 0.015))]
-CELLS += [cell("ARQ" + RECIPE, 1.0, 0.008), cell("ARQ" + RECIPE, 0.5, 0.008)]
+CELLS += [cell("ARQ" + RECIPE, 1.0, 0.008)]
 CELLS += [cell(method, s, 0.015, n=10_000) for s in (0.25, 0.5, 1.0) for method in (*FLOAT, "ARQ")]
 
 
