@@ -1,11 +1,11 @@
 """ARQ: mixed-precision quantization that keeps a network's certified robustness.
 
-    python arq.py                                                 # offline, minutes on two cores
-    python arq.py --dataset cifar10 --sigma 0.25 --budget 0.015   # the paper's setting
+    python arq.py                                                # offline, minutes on two cores
+    python arq.py --dataset cifar10 --sigma 0.25 --budget 0.015  # the paper's setting
 
 Algorithm 1 of the paper (Yang et al., arXiv 2410.24214), and who does each line:
 
-    ACR(g), cache <- FullRobustCertify(f)                  cache_base, certify.certify_and_cache
+    ACR(g), cache <- FullRobustCertify(f)                  certify.Smooth.certify_and_cache
     for each episode                                       search
         for each layer: the agent emits b_w and b_a        BitWidthEnvironment.rollout
         while BitOPs(P) > budget: take one bit             models.enforce_budget
@@ -15,7 +15,7 @@ Algorithm 1 of the paper (Yang et al., arXiv 2410.24214), and who does each line
         the agent learns                                   ddpg.DDPG.learn
     P* <- the best policy                                  reevaluate_finalists, best_policy
     f* <- f, quantized by P*, fine-tuned                   finetune_best
-    FullRobustCertify(f*) on the test images               certify_images
+    FullRobustCertify(f*) on the test images               certify.Smooth.certify
 
 The README puts the paper's symbols beside the code, and numbers where the two differ.
 """
@@ -45,7 +45,6 @@ import torch
 import torchvision
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import Image  # PIL's, which comes with torchvision
 from torchvision.transforms.v2 import functional as TF
@@ -56,16 +55,14 @@ from certify import Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig
 from models import NETWORKS, Classifier, Layer, Policy, require
 
-WEIGHT, INPUT = 0, 1  # the operands of a layer: positions in a policy's [b_w, b_a]
-
 
 # ---- Algorithm 1 ----
 class BitWidthEnvironment:
-    """An episode walks the layers; each takes two decisions, the bits of its weights and its input.
+    """An episode walks the layers; each takes two decisions, its weights' and its input's bits.
 
-    The first and the last layer keep 8 bits and are not visited. A state (10,) holds HAQ's features
-    (Wang et al., 2019, section 3.2), min-max normalised over the decisions; the last, the previous
-    bit-width, is live. Raises ValueError if 2 bits everywhere do not fit under the budget."""
+    The first and the last layer keep 8 bits and are not visited. A state (10,) holds HAQ's
+    features (Wang et al., 2019, section 3.2), min-max normalised; the last is the previous
+    bit-width. Raises ValueError if 2 bits everywhere do not fit the budget."""
 
     def __init__(self, table: list[Layer], budget: float):
         models.enforce_budget(table, models.uniform_policy(table, models.MIN_BITS), budget)
@@ -74,7 +71,7 @@ class BitWidthEnvironment:
         self.decisions, features = [], []
         for index, layer in enumerate(table[1:-1]):
             shape = [layer.c_in, layer.c_out, layer.kernel, layer.stride, layer.map_size]
-            for operand in (WEIGHT, INPUT):
+            for operand in (0, 1):  # weights, input: positions in a policy's [b_w, b_a]
                 self.decisions.append((layer, operand))
                 features.append([index, *shape, layer.weights, layer.depthwise, operand])
         features = torch.tensor(features, dtype=torch.float32)
@@ -84,13 +81,12 @@ class BitWidthEnvironment:
 
     @staticmethod
     def bits(action: float) -> int:
-        """round(b_min - 1/2 + a (b_max - b_min + 1)): equal shares of [0, 1] for every bit-width."""
-        widths = models.MAX_BITS - models.MIN_BITS + 1
-        bits = round(models.MIN_BITS - 0.5 + action * widths)
-        return min(models.MAX_BITS, max(models.MIN_BITS, bits))
+        """round(b_min - 1/2 + a (b_max - b_min + 1)): equal shares of [0, 1] for each width."""
+        least, most = models.MIN_BITS, models.MAX_BITS
+        return min(most, max(least, round(least - 0.5 + action * (most - least + 1))))
 
     def rollout(self, act: Callable[[Tensor], float]) -> tuple[Tensor, Tensor, Policy]:
-        """One episode: states (T, 10), actions (T, 1) as emitted, and the policy under the budget."""
+        """One episode: states (T, 10), actions (T, 1) as emitted, and the policy, forced."""
         policy = models.uniform_policy(self.table, models.MIN_BITS)
         states, actions, previous = [], [], 1.0
         for features, (layer, operand) in zip(self.features, self.decisions):
@@ -109,9 +105,9 @@ def evaluate_policy(policy, cache, start, train_images, search_pixels, config, f
     """ACR(g^P) of a policy P on the search images (B, C, H, W), by incremental certificates.
 
     cache: f's certificates and predictions on these images; start: a copy of f from `prepare`
-    Each certificate holds with probability 1 - (alpha + alpha_zeta) for this f^P, on noise that
-    every episode replays: it serves the search; the best policy is certified from scratch.
-    final: as finalists are evaluated, by twice the training, CERTIFY and fresh noise."""
+    Certificates hold with probability 1 - (alpha + alpha_zeta) each, but every episode replays
+    their noise: they serve the search, and its best policy is certified from scratch.
+    final: finalists have twice the training and CERTIFY, on fresh noise."""
     quantized = copy.deepcopy(start)
     models.set_policy(quantized, policy)
     num_batches = config.episode_batches * (2 if final else 1)
@@ -124,8 +120,8 @@ def evaluate_policy(policy, cache, start, train_images, search_pixels, config, f
         labels, ids = zip(*[(row.label, row.idx) for row in cache.certificates])
         rows = g.certify(search_pixels, labels, ids, config.n0, config.search_n, config.alpha)
     else:
-        n_p, alpha_zeta, gamma = config.n_p, config.alpha_zeta, config.gamma
-        rows = g.certify_incremental(search_pixels, cache, n_p, alpha_zeta, gamma)
+        bounds = config.alpha_zeta, config.gamma
+        rows = g.certify_incremental(search_pixels, cache, config.n_p, *bounds)
     return certify.average_certified_radius(rows)
 
 
@@ -137,7 +133,7 @@ def relative_gain(acr: float, base_acr: float) -> float:
 def search(cache, environment, agent, evaluate, reward=relative_gain) -> Iterator[dict]:
     """Algorithm 1, a record per episode; it goes on from the agent's count of episodes.
 
-    cache: f's ReplayCache; environment: a BitWidthEnvironment; agent: a DDPG, or what acts like it
+    cache: f's ReplayCache; environment: a BitWidthEnvironment; agent: a DDPG or the like
     evaluate(policy, cache): ACR(g^P), as `evaluate_policy`; reward(ACR(g^P), ACR(g))"""
     # 1: ACR(g) of the float network, from FullRobustCertify(f)
     base_acr = certify.average_certified_radius(cache.certificates)
@@ -155,7 +151,7 @@ def search(cache, environment, agent, evaluate, reward=relative_gain) -> Iterato
 
 
 def reevaluate_finalists(records, count: int, evaluate, cache) -> Iterator[dict]:
-    """The best of many noisy rewards is partly luck: the `count` best policies are evaluated again.
+    """The best of many noisy rewards is partly luck: the best policies are evaluated again.
 
     records: those of `search` and, after an interruption, of the finalists so far."""
     episodes = [record for record in records if "finalist" not in record]
@@ -176,11 +172,11 @@ def best_policy(records: list[dict]) -> Policy:
 # ---- training ----
 BASE_LR, BASE_DECAY = 0.2, 5e-4
 EPISODE_LR, FINETUNE_LR = 0.005, 0.02
-BFLOAT16 = {"cuda": True, "cpu": torch.cpu._is_avx512_bf16_supported()}  # where it is fast
+BFLOAT16 = {"cuda": True, "mps": False, "cpu": torch.cpu._is_avx512_bf16_supported()}
 
 
 def augment(images: Tensor, uniform: Tensor) -> Tensor:
-    """Shift images (B, C, H, W) by up to an eighth of the side, and flip them, by uniform (3, B)."""
+    """Shift images (B, C, H, W) by up to an eighth of the side; flip. uniform: (3, B)."""
     count, _, height, width = images.shape
     pad = max(1, height // 8)
     top, left = (uniform[:2, :, None] * (2 * pad + 1)).long()
@@ -192,8 +188,8 @@ def augment(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def noise_augmentation(network, x, noise, labels, teacher=None, share=0.0) -> Tensor:
-    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). A share of the targets is
-    a teacher's softmax under other noise: on average, what its smoothed classifier answers."""
+    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). A share of targets
+    is a teacher's softmax under other noise: on average, its smoothed classifier's answer."""
     if share > 0:
         with torch.no_grad():
             noise_of_others = noise.roll(1, 0)
@@ -216,8 +212,8 @@ def train(
 ) -> None:
     """Nesterov SGD in place, under Gaussian noise; ends in evaluation mode.
 
-    The rate rises over a fifth of the batches and falls along a cosine; weight decay spares step
-    sizes, biases and BatchNorm. config: its seed, sigma, batch_size and float32.
+    The rate rises over a fifth of the batches and falls along a cosine; weight decay spares
+    step sizes, biases and BatchNorm. config: its seed, sigma and batch_size.
     loss(network, x, noise, labels): losses (B,), as `noise_augmentation`
     save(state): called per epoch; from such a state the call continues, bit for bit
     Equal arguments train equal networks. Raises ValueError, at a save, for an infinite loss."""
@@ -231,16 +227,15 @@ def train(
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["batch"]
-    network = share_gradients(classifier).train()
+    network = share_gradients(classifier.train())
     labels = torch.tensor(images.labels)
-    in_bfloat16 = BFLOAT16.get(device.type, False) and not config.float32
     per_epoch = len(images) // batch_size
     seed = hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()
     progress = Progress(purpose if save else "", "batches", num_batches, first)
     for start in range(first, num_batches, per_epoch):
         torch.manual_seed(int.from_bytes(seed[:4], "little") + start // per_epoch)
         end = min(start + per_epoch, num_batches)
-        # What is random is drawn for whole batches: it does not depend on the number of processes.
+        # What is random is drawn for whole batches, however many processes share them.
         batches = torch.randperm(len(images)).split(batch_size)[: end - start]
         batches = [batch[MINE] for batch in batches]
         for index, chosen, pixels in zip(range(start, end), batches, images.batches(batches)):
@@ -251,7 +246,7 @@ def train(
             uniform = torch.rand(3, batch_size)[:, MINE]
             x = augment(pixels.to(device), uniform).float() / 255
             noise = config.sigma * torch.randn(batch_size, *x.shape[1:], device=device)[MINE]
-            with torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=BFLOAT16[device.type]):
                 losses = loss(network, x, noise, labels[chosen].to(device))
             optimizer.zero_grad()
             (WORLD * losses.sum() / batch_size).backward()  # processes average their gradients
@@ -267,18 +262,20 @@ def train(
 
 
 def build_base(config: Config, num_classes: int, file=None) -> Classifier:
-    """A float network: of a file or of --checkpoint, else to be trained; in the fastest layout."""
+    """A float network, of a file or of --checkpoint, else to be trained; in the best layout."""
     torch.manual_seed(config.seed)
-    file, kind = file or config.checkpoint, (config.arch, num_classes, config.mean, config.std)
-    base = models.load_base_checkpoint(file, *kind) if file else models.build_classifier(*kind)
+    file = file or config.checkpoint
     if file:
+        base = models.load_base_checkpoint(file, config.arch, num_classes)
         print(f"{file}: normalised by {base.mean.flatten()}, {base.std.flatten()}")
+    else:
+        base = models.build_classifier(config.arch, num_classes)
     return base.to(config.device, memory_format=torch.channels_last).eval()
 
 
 def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
-    """A copy of a float network that takes any policy, and its layer table; the base stays float.
-    Step sizes and signs come from up to 256 noisy images, spread over the given ones."""
+    """A copy of a float network that takes any policy, and its layer table. Step sizes and the
+    signs of inputs come from up to 256 noisy images, spread over the given ones."""
     classifier = copy.deepcopy(base)
     table = models.quantize_model(classifier, config.image_size)
     chosen = evenly_spaced(min(256, len(images)), len(images))
@@ -290,7 +287,7 @@ def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
 
 
 def integer_network(classifier: Classifier, config: Config) -> nn.Module:
-    """The network as it is evaluated. On a GPU its sums are checked at the batch that will run."""
+    """The network as it is evaluated; on a GPU, checked at the batch that will run."""
     batch = 2 if config.device == "cpu" else config.eval_batch
     classifier = classifier.to(config.device, memory_format=torch.channels_last)
     return models.integer_network(classifier, batch)
@@ -298,10 +295,10 @@ def integer_network(classifier: Classifier, config: Config) -> nn.Module:
 
 # ---- the run ----
 def run(config: Config) -> None:
-    """The method in five steps. A step whose file is there is done; an interrupted one continues."""
+    """The method in five steps. A step whose file is there is done; others continue."""
     images, test_images = load_images(config, True), load_images(config, False)
-    differ = sorted(set(images.classes) ^ set(test_images.classes))
-    require(differ == [], f"--data {config.data}: {differ[:3]} are not in both sets of images")
+    same = images.classes == test_images.classes
+    require(same, f"--data {config.data}: the classes for training and for test differ")
     contents = {"training set": images.fingerprint(), "test set": test_images.fingerprint()}
     train_images, search_images = hold_out(images, config.search_images)
     test_images = test_images.subset(evenly_spaced(config.images, len(test_images)))
@@ -310,11 +307,8 @@ def run(config: Config) -> None:
     environment = BitWidthEnvironment(table, config.budget)
     given_policy = read_policy(config, table) if config.policy else None
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
-    counts = f"{len(train_images)} training, {len(search_images)} search"
-    print(
-        f"{config.dataset}: {counts}, {len(test_images)} test images; run folder {folder.path}"
-    )
     take_along(config, folder)
+    print(f"{config.dataset}, {config.arch}, sigma {config.sigma:g}; run folder {folder.path}")
 
     # 1: the float base classifier f
     work = partial(train_base, base, train_images, config)
@@ -322,27 +316,28 @@ def run(config: Config) -> None:
     base.load_state_dict(read_state(base_file))
     start, _ = prepare(base, search_images, config)
     # 2: FullRobustCertify(f) on the search images; 3: the search, unless the policy is given
-    work = lambda state, save: given_policy  # noqa: E731
     if given_policy is None:
-        work = partial(cache_base, base, search_images, config)
-        file = folder.make("certify the base, search images", "search_cache.pt", work)
-        cache = read_cache(file)
+        work = partial(certify_images, base, search_images, config, "search")
+        cache = read_cache(folder.make("certify the base, search", "search_cache.pt", work))
         pixels = search_images.batch(range(len(search_images)), config.device)
         shared = {"start": start, "train_images": train_images, "search_pixels": pixels}
         evaluate = partial(evaluate_policy, **shared, config=config)
         log = folder.path / "search.jsonl"
         work = partial(run_search, environment, evaluate, cache, config, log)
-    policy_file = folder.make("choose the policy", "policy.json", work)
-    policy = read_json(policy_file)
+    else:
+        work = partial(lambda state, save: given_policy)
+    policy = read_json(folder.make("choose the policy", "policy.json", work))
     same = given_policy in (None, policy)
-    require(same, f"{policy_file} is not the given --policy; give another --out")
+    require(same, f"{folder.path} has another --policy; give another --out")
     # 4: the best policy, fine-tuned and packed
     models.set_policy(start, policy)
     work = partial(finetune_best, start, base, table, train_images, config)
     file = folder.make("fine-tune", "model.arq", work)
     classifier, _, description = models.load_model(file)
     same = description["policy"] == policy
-    require(same, f"{policy_file} is not that of {file}; use it as --policy in another --out")
+    require(
+        same, f"{file} has not policy.json's bits; give that as --policy, and another --out"
+    )
     # 5: what was packed, certified from scratch; the test images are first seen here
     network = integer_network(classifier, config)
     base_rows = certified(folder, "base certificate", base, test_images, config)
@@ -384,11 +379,9 @@ def train_base(base: Classifier, images: ImageSet, config: Config, state, save) 
     return base.state_dict()
 
 
-def run_search(
-    environment, evaluate, cache, config, log, state, save, agent_class=DDPG
-) -> Policy:
-    """Algorithm 1 and the finalists, a line each, printed and in `log`; evaluate_policy's options
-    but for policy, cache and final are bound in `evaluate`."""
+def run_search(environment, evaluate, cache, config, log, state, save, agent_class=DDPG):
+    """The best policy of Algorithm 1. Each episode is a line, printed and in `log`.
+    evaluate(policy, cache, final=False): as evaluate_policy, the rest bound."""
     warmup_episodes = min(20, max(1, config.episodes // 3))
     settings = DDPGConfig(episodes=config.episodes, warmup_episodes=warmup_episodes)
     agent = agent_class(environment.state_size, config.seed, settings)
@@ -435,47 +428,45 @@ def finetune_best(classifier, base, table, images, config, state, save) -> bytes
     return models.pack_model(classifier, table, {**description, "classes": images.classes})
 
 
-def certified(
-    folder: RunFolder, purpose: str, network, images: ImageSet, config: Config
-) -> list:
-    """A network's certificates of the test images. purpose names the noise and the file."""
-    work = partial(certify_images, network, images, config, config.n, purpose)
-    product = f"{purpose.replace(' ', '_')}s.tsv"
-    file = folder.make(f"{purpose}s, test images", product, work)
+def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config) -> list:
+    """A network's certificates of the test images; their purpose names the table."""
+    work = partial(certify_images, network, images, config, purpose)
+    file = folder.make(f"{purpose}s, test images", f"{purpose.replace(' ', '_')}s.tsv", work)
     rows = certify.read_certificates(file)
     whole = [row.idx for row in rows] == images.ids
     require(whole, f"{file} has not one row per image; remove it, and it is made again")
     return rows
 
 
-def certify_images(network, images, config, n, purpose, state, save, cache=False):
-    """CERTIFY by blocks of images, each saved: a TSV file or, for a cache, what torch.save takes."""
+def certify_images(network, images: ImageSet, config: Config, purpose: str, state, save):
+    """CERTIFY by blocks of images, each saved: a table or, for the search, what `read_cache`
+    takes. purpose names the noise."""
     g = smooth(network, images.classes, config, purpose)
+    is_cache = purpose == "search"
+    n = config.search_n if is_cache else config.n
     rows, predictions, key = state or ([], torch.zeros(0, n, dtype=torch.uint8), "")
     progress = Progress("certifying", "images", len(images), len(rows))
-    size = WORLD * max(1, 10_000 // n)
-    for first in range(len(rows), len(images), size):
-        part = slice(first, first + size)
-        pixels = images.batch(range(len(images))[part], config.device)
-        sampling = config.n0, n, config.alpha, cache  # without samples of wrong images
-        block = g.certify_and_cache(pixels, images.labels[part], images.ids[part], *sampling)
+    for first in range(len(rows), len(images), WORLD * max(1, 10_000 // n)):
+        indices = range(len(images))[first : first + WORLD * max(1, 10_000 // n)]
+        part = images.subset(indices)
+        pixels = part.batch(range(len(part)), config.device)
+        sampling = (
+            config.n0,
+            n,
+            config.alpha,
+            is_cache,
+        )  # wrong images have no samples in a cache
+        block = g.certify_and_cache(pixels, part.labels, part.ids, *sampling)
         rows += [tuple(row) for row in block.certificates]
-        if cache:
+        if is_cache:
             predictions, key = torch.cat([predictions, block.predictions]), block.key
         save((rows, predictions, key))
         progress(len(rows))
-    if cache:
+    if is_cache:
         return rows, predictions, key
     text = io.StringIO()
     certify.write_certificates(text, [Certificate(*row) for row in rows])
     return text.getvalue().encode()
-
-
-def cache_base(base: Classifier, images: ImageSet, config: Config, state, save) -> tuple:
-    """FullRobustCertify(f) on the search images, with f's prediction on each sample."""
-    return certify_images(
-        base, images, config, config.search_n, "search", state, save, cache=True
-    )
 
 
 def read_cache(file: Path) -> ReplayCache:
@@ -492,11 +483,9 @@ SAVED_OPTIONS = "dataset", "arch", "image_size", "sigma"  # in the file of a net
 
 
 class RunFolder:
-    """The files of one run, in one process's hands. A product that is there is done; the work in
-    progress continues from state.pt, what it saved last.
-
-    options: kept in config.json. Raises ValueError, before anything is touched, for a folder in
-    use, one that holds something else, or a run whose options differ (but FREE ones)."""
+    """The files of one run. A product that is there is done; the work in progress continues
+    from state.pt, what it saved last. options, but for FREE ones, stay as config.json has them.
+    Raises ValueError, before anything is touched, for other options and a folder in use."""
 
     def __init__(self, path, options: dict):
         self.path, self.options, self.seconds = Path(path), options, {}
@@ -556,12 +545,12 @@ def lock(path: Path):
 
 
 def take_along(config: Config, folder: RunFolder) -> None:
-    """With --checkpoint runs/X/base.pt: the base's certificates of runs/X, where options agree."""
+    """With --checkpoint runs/X/base.pt: the base's certificates of runs/X, if options agree."""
     source = Path(config.checkpoint or "").parent
-    if not (config.checkpoint and (source / "config.json").exists()):
+    if config.checkpoint is None or not (source / "config.json").exists():
         return
     before = read_json(source / "config.json")
-    common = "arch mean std image_size sigma seed n0 alpha device search_images".split()
+    common = "arch image_size sigma seed n0 alpha device search_images".split()
     products = {"search_cache.pt": ["training set", "search_n"]}
     products["base_certificates.tsv"] = ["test set", "images", "n"]
     for product, names in products.items():
@@ -601,30 +590,30 @@ def read_json(path: Path):
 
 
 def read_policy(config: Config, table: list[Layer]) -> Policy:
-    """--policy: a bit-width for all layers, forced under the budget, or a file, which must fit."""
-    is_width = config.policy.isdigit()
-    if is_width:
+    """--policy: a bit-width for all layers, forced under the budget, or a file that fits."""
+    given, names = f"--policy {config.policy}", [layer.name for layer in table]
+    if config.policy.isdigit():
         policy = models.uniform_policy(table, int(config.policy))
-    else:
-        policy = read_json(Path(config.policy))
-    models.check_policy([layer.name for layer in table], policy)
-    ratio = models.bitops_ratio(table, policy)
-    if is_width and ratio > config.budget:
-        print(
-            f"--policy {config.policy}: {ratio:.6f} of the float BitOPs, forced under --budget"
-        )
+        models.check_policy(names, policy)
+        ratio = models.bitops_ratio(table, policy)
+        print(f"{given}: {ratio:.6f} of the float BitOPs, forced under {config.budget:g}")
         return models.enforce_budget(table, policy, config.budget)
+    policy = read_json(Path(config.policy))
+    models.check_policy(names, policy)
+    ratio = models.bitops_ratio(table, policy)
     fits = ratio <= config.budget
-    require(fits, f"--policy {config.policy} costs {ratio:.6f} of the BitOPs; raise --budget")
+    require(fits, f"{given} costs {ratio:.6f} of the float BitOPs; raise --budget")
     return policy
 
 
 def digest(data: bytes) -> str:
-    """A short name for these bytes."""
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 # ---- options ----
+DATASETS = "shapes", "cifar10", "folder", "imagenet"
+
+
 def option(default, text: str, **more):
     return dataclasses.field(default=default, metadata={"help": text, **more})
 
@@ -634,9 +623,7 @@ class Config:
     """Every option, with the default for `shapes`; the command line is made from it."""
 
     # data
-    dataset: str = option(
-        "shapes", "images", choices=("shapes", "cifar10", "folder", "imagenet")
-    )
+    dataset: str = option("shapes", "images; shapes are drawn here", choices=DATASETS)
     data: str = option("data", "folder of the images; CIFAR-10 is downloaded to it")
     image_size: int = option(32, "side of the images, in pixels")
     search_images: int = option(100, "training images held out for the search")
@@ -654,14 +641,11 @@ class Config:
     policy: str = option(None, "no search: a policy.json, or a bit-width such as 4")
     # training
     checkpoint: str = option(None, "float base, trained with noise; else one is trained")
-    mean: list = option(None, "normalisation of the base, such as 0.5 0.5 0.5")
-    std: list = option(None, "likewise")
     epochs: int = option(6, "epochs of the base")
     episode_batches: int = option(8, "training batches of a policy in its episode")
     finetune_epochs: float = option(3.0, "epochs of the best policy")
     distill: float = option(0.0, "share of the base's softmax in fine-tuning's targets")
     batch_size: int = option(128, "images in a training batch")
-    float32: bool = option(False, "train in float32 even where bfloat16 is faster")
     # certificates
     n0: int = option(100, "samples that select the class")
     n: int = option(1000, "samples that bound its probability")
@@ -689,8 +673,7 @@ RANGES |= dict.fromkeys(["episode_batches", "finalists", "seed"], (0, MOST))
 RANGES |= {"image_size": (8, 4096), "batch_size": (2, MOST), "finetune_epochs": (0, 1e6)}
 RANGES |= {"sigma": (0.001, 1e6), "budget": (1e-5, 1), "distill": (0, 1), "gamma": (0, 1)}
 RANGES |= dict.fromkeys(["alpha", "alpha_zeta"], (1e-12, 0.49))
-KINDS = {"int": {"type": int}, "float": {"type": float}, "str": {"type": str}}
-KINDS |= {"bool": {"action": "store_true"}, "list": {"type": float, "nargs": 3}}
+KINDS = {"int": int, "float": float, "str": str}
 
 
 def flag(name: str) -> str:
@@ -699,18 +682,18 @@ def flag(name: str) -> str:
 
 def parse_config(argv=None) -> Config:
     """Options from the command line, completed and checked. Raises ValueError."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    about = f"Defaults are those for shapes. For cifar10: {PRESETS['cifar10']}"
+    parser = argparse.ArgumentParser(
+        description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
     parser.error = lambda message: require(False, f"{message} (see --help)")
     for field in dataclasses.fields(Config):
-        name, settings = field.name, {**field.metadata, **KINDS[field.type]}
-        if name in GROUPS:
-            group = parser.add_argument_group(GROUPS[name])
-        if field.default not in (None, False):
-            defaults = {key: preset.get(name, field.default) for key, preset in PRESETS.items()}
-            different = [f"{key} {value}" for key, value in defaults.items()]
-            several = len(set(defaults.values())) > 1
-            settings["help"] += f" ({', '.join(different) if several else field.default})"
-        group.add_argument(flag(name), **settings)
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        settings = {**field.metadata, "type": KINDS[field.type]}
+        if field.default is not None:
+            settings["help"] += f" (default: {field.default})"
+        group.add_argument(flag(field.name), **settings)
     return complete_config(vars(parser.parse_args(argv)))
 
 
@@ -720,11 +703,12 @@ def complete_config(given: dict) -> Config:
         there = Path(given[name]).is_file() or (name == "policy" and given[name].isdigit())
         require(there, f"{flag(name)} {given[name]}: no such file")
     packed = models.read_packed(given["evaluate"]) if "evaluate" in given else None
-    header = packed[0] if packed else {}
-    for name in ("arch", "image_size", "mean", "std"):
-        agrees = name not in header or given.get(name, header[name]) == header[name]
-        require(agrees, f"{flag(name)}: the network in --evaluate has its own; omit it")
-    saved = {name: header[name] for name in SAVED_OPTIONS if header}
+    saved = {name: packed[0][name] for name in SAVED_OPTIONS} if packed else {}
+    for name in ("arch", "image_size"):
+        agrees = given.get(name) in (None, saved.get(name, given.get(name)))
+        require(
+            agrees, f"{flag(name)} is {saved.get(name)} in {given.get('evaluate')}; omit it"
+        )
     preset = PRESETS[given.get("dataset", saved.get("dataset", "shapes"))]
     config = Config(**{**preset, **saved, **given})
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
@@ -735,31 +719,27 @@ def complete_config(given: dict) -> Config:
     if config.eval_batch is None:  # small batches stay in a CPU's cache; a GPU wants large ones
         samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32**2 // max(config.image_size, 32) ** 2)
+    needed = math.floor(math.log(max(config.alpha, 1e-99)) / math.log(0.5)) + 1
+    never = f"never certifies at --alpha {config.alpha}; give at least {needed}"
     for name, (least, most) in RANGES.items():
         value = getattr(config, name)
         fits = least <= value <= most
         require(fits, f"{flag(name)} must be from {least} to {most}, not {value}")
-    enough = config.search_images >= WORLD and config.batch_size >= 2 * WORLD
-    require(enough, f"{WORLD} processes need as many --search-images, twice the --batch-size")
-    needed = math.floor(math.log(config.alpha) / math.log(0.5)) + 1  # certify if all agree
-    for name in ("n", "search_n", "n_p"):
-        samples = getattr(config, name)
-        certify_any = samples >= needed
-        require(certify_any, f"{flag(name)} {samples} never certifies; give at least {needed}")
+        enough = name not in ("n", "search_n", "n_p") or value >= needed
+        require(enough, f"{flag(name)} {value} {never}")
+    enough = config.batch_size >= 2 * WORLD
+    require(enough, f"--batch-size {config.batch_size} is too small for {WORLD} processes")
     fits = config.n_p <= config.search_n
     require(fits, f"--n-p {config.n_p} exceeds --search-n {config.search_n}")
-    config.out = config.out or f"runs/{run_name(config)}"
-    return config
-
-
-def run_name(config: Config) -> str:
     ending = f"budget{config.budget:g}"
     if config.policy:
-        ending = f"policy-{Path(config.policy).stem}-{ending}"
+        ending += f"-policy-{Path(config.policy).stem}"
     if config.evaluate:
         file = Path(config.evaluate).resolve()
         ending = f"evaluate-{file.parent.name}-{file.stem}"
-    return f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-{ending}-seed{config.seed}"
+    network = f"{config.dataset}-{config.arch}-sigma{config.sigma:g}"
+    config.out = config.out or f"runs/{network}-{ending}-seed{config.seed}"
+    return config
 
 
 # ---- images ----
@@ -854,10 +834,9 @@ def load_images(config: Config, train: bool) -> ImageSet:
     elif config.dataset == "cifar10":
         images = read_cifar10(root, train, size)
     else:
-        wanted = f"{root}/train/<class>/*, and test/ or val/"
-        raise ValueError(f"--data {root}: expected an image tree, {wanted}")
+        raise ValueError(f"--data {root}: no image tree, train/<class>/*, and test/ or val/")
     several = len(images.classes) > 1
-    require(several, f"--data {root}: at least two classes are needed, there is one folder")
+    require(several, f"--data {root}: at least two classes are needed")
     needed = config.search_images + config.batch_size if train else config.images
     asked = "--search-images and a --batch-size need" if train else "--images"
     enough = needed <= len(images)
@@ -880,15 +859,11 @@ def read_cifar10(root: Path, train: bool, size: int) -> ImageSet:
     return ImageSet(labels.tolist(), data.classes, size, pixels)
 
 
-def crossed(u, v):
-    return torch.minimum((u + v).abs(), (u - v).abs())
-
-
 SHAPES = {  # what is inside each shape, by coordinates u, v and b = max(|u|, |v|) in [-1, 1]
     "bars across": lambda u, v, b: (b < 1) & ((7 * v).sin() > 0),
     "bars upright": lambda u, v, b: (b < 1) & ((7 * u).sin() > 0),
     "checkers": lambda u, v, b: (b < 1) & (((7 * u).sin() > 0) ^ ((7 * v).sin() > 0)),
-    "cross": lambda u, v, b: (u.hypot(v) < 1.1) & (crossed(u, v) < 0.42),
+    "cross": lambda u, v, b: (u.hypot(v) < 1.1) & ((u.abs() - v.abs()).abs() < 0.42),
     "disk": lambda u, v, b: u.hypot(v) < 1,
     "frame": lambda u, v, b: (b < 0.95) & (b >= 0.55),
     "plus": lambda u, v, b: (b < 1) & (torch.minimum(u.abs(), v.abs()) < 0.3),
@@ -953,7 +928,7 @@ def by_rank_0(function: Callable) -> Callable:
 
 
 def share_gradients(classifier: nn.Module) -> nn.Module:
-    return DistributedDataParallel(classifier) if WORLD > 1 else classifier
+    return nn.parallel.DistributedDataParallel(classifier) if WORLD > 1 else classifier
 
 
 def share_buffers(classifier: nn.Module) -> None:
@@ -1005,7 +980,7 @@ def summarize(rows, network, table, policy: Policy, config: Config, file: Path) 
     two_sided = certify.two_sided(rows)
     return {
         "accuracy": accuracy(rows, 0),
-        "certified_accuracy": {str(r): accuracy(rows, r) for r in (0.0, 0.25, 0.5, 0.75)},
+        "certified_accuracy": {r: accuracy(rows, float(r)) for r in ("0.25", "0.5", "0.75")},
         "acr": acr(rows),
         "acr_standard_error": certify.acr_difference(rows)[1],
         "two_sided": {"acr": acr(two_sided), "accuracy": accuracy(two_sided, 0)},
@@ -1044,8 +1019,7 @@ def report(results: dict, folder: RunFolder) -> None:
         print(f"{name.replace('_', ' '):<20}" + "".join(f"{cell:>14}" for cell in cells))
     if "acr_difference" in results:
         mean, error = results["acr_difference"].values()
-        error = f"standard error {cut(error)}"
-        print(f"ACR less the base's, on the same images: {mean:+.4f}, {error}")
+        print(f"ACR less the base's, same images: {mean:+.4f}, standard error {cut(error)}")
     print(f"written to {folder.path}/", flush=True)
 
 
@@ -1064,17 +1038,13 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         code, message = 130, f"interrupted; {remedy} the run"
     except ValueError as error:  # ours; a worker's has its traceback in front
-        message = f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}"
+        line = str(error).strip().splitlines()[-1]
+        message = f"error: {line.removeprefix('ValueError: ')}"
     except OSError as error:  # no permission, no space: whatever was finished is on disk
         where = error.filename or config.out
         message = f"error: {where}: {error.strerror or error}; {remedy}"
-    except RuntimeError as error:  # what comes from outside; others are faults of this program
-        outside = "memory", "DataLoader worker", "NCCL", "by peer", "Broken pipe"
-        if not any(sign in str(error) for sign in outside):
-            raise
-        message = f"error: {str(error).splitlines()[0]}; {remedy}"
-        if "memory" in message:
-            message += ", with a smaller --eval-batch or --batch-size"
+    except torch.OutOfMemoryError:
+        message = f"error: memory; give a smaller --eval-batch or --batch-size; {remedy}"
     if RANK > 0:
         time.sleep(3)  # rank 0 prints the error that all have, and torchrun ends the others
     print(f"arq.py: {message}", file=sys.stderr, flush=True)
