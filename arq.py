@@ -548,8 +548,9 @@ def lock(path: Path):
 
 def take_along(config: Config, folder: RunFolder) -> None:
     """With --checkpoint runs/X/base.pt: the base's certificates of runs/X, if options agree."""
-    source = Path(config.checkpoint or "").parent
-    if config.checkpoint is None or not (source / "config.json").exists():
+    checkpoint = Path(config.checkpoint or "")
+    source = checkpoint.parent
+    if checkpoint.name != "base.pt" or not (source / "config.json").exists():
         return
     before = read_json(source / "config.json")
     common = "arch image_size sigma seed n0 alpha device search_images".split()
