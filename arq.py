@@ -399,9 +399,9 @@ def run_search(environment, evaluate, cache, config, log, state, save, agent_cla
         record["seconds"] = round(time.monotonic() - began, 3)
         began = time.monotonic()
         records.append(record)
-        save({"agent": agent.state_dict(), "records": records})
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
         write_whole(log, "".join(lines).encode())
+        save({"agent": agent.state_dict(), "records": records})
 
     for record in search(cache, environment, agent, evaluate):
         record["bitops_ratio"] = models.bitops_ratio(environment.table, record["policy"])
@@ -712,7 +712,8 @@ def complete_config(given: dict) -> Config:
         require(
             agrees, f"{flag(name)} is {saved.get(name)} in {given.get('evaluate')}; omit it"
         )
-    preset = PRESETS[given.get("dataset", saved.get("dataset", "shapes"))]
+    dataset = given.get("dataset", saved.get("dataset", "shapes"))
+    preset = PRESETS.get(dataset, PRESETS["folder"])  # a packed network may name its own
     config = Config(**{**preset, **saved, **given})
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     if config.device == "auto":
