@@ -26,6 +26,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 import struct
 import warnings
 from collections.abc import Sequence
@@ -129,6 +130,7 @@ WRAPPED = (
     "model_ema",
 )  # where weights are kept
 PREFIXES = "module.", "_orig_mod.", "model.", "net.", "1."  # of what wraps a network
+NORMALISE = "mean means mu std stds sds sigma".split()  # what its layers call their numbers
 
 
 def read_state_dict(path) -> dict[str, Tensor]:
@@ -136,9 +138,12 @@ def read_state_dict(path) -> dict[str, Tensor]:
     try:
         raw = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for files that are no checkpoints
-        reason = (str(error) or "it is empty").splitlines()[0][:60]
-        message = f"{path}: not a PyTorch checkpoint of tensors alone ({reason})"
-        raise ValueError(f"{message}; save its state_dict() in a file of its own") from None
+        unsafe = re.search(r"GLOBAL (\S+)", str(error))
+        line = (str(error) or "it is empty").splitlines()[0][:60]
+        reason = f"it holds {unsafe[1]}" if unsafe else line
+        saving = f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], NEW)"
+        message = f"{path}: not a PyTorch checkpoint of tensors and plain values ({reason})"
+        raise ValueError(f"{message}; if you trust it, {saving}") from None
     raw = raw if isinstance(raw, dict) else {}
     states = [raw[key] for key in WRAPPED if isinstance(raw.get(key), dict)] or [raw]
     state = {key: value for key, value in states[0].items() if isinstance(value, Tensor)}
@@ -150,20 +155,28 @@ def read_state_dict(path) -> dict[str, Tensor]:
 def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
     """A float Classifier from a file: a state dict in a layout in public use.
 
-    It may be wrapped, and stand behind any of PREFIXES; `mean` and `std` in it are the
-    normalisation, else the usual one is meant. CIFAR ResNets may call shortcuts `shortcut` and
-    the last layer `linear`, or have option A. Raises ValueError for others."""
+    Taken: bare or wrapped, behind any of PREFIXES, with the numbers of a normalise layer (in
+    [0, 1] or 0..255); CIFAR ResNets whose shortcuts are `shortcut`, or none (option A; with
+    a last layer `linear`, ImageNet's normalisation is meant). Raises ValueError for others."""
     state = read_state_dict(path)
-    numbers = [state.pop(name, None) for name in ("mean", "std")]
-    mean, std = [value if value is None else value.flatten().tolist() for value in numbers]
-    while prefixes := [p for p in PREFIXES if all(key.startswith(p) for key in state)]:
-        state = {key.removeprefix(prefixes[0]): value for key, value in state.items()}
+    mean = std = None
+    names = sorted(key for key in state if key.rpartition(".")[2] in NORMALISE)  # mean first
+    values = [state.pop(name).flatten().float() for name in names]
+    if values:
+        pair = len(values) == 2 and {len(value) for value in values} <= {1, 3}
+        require(pair, f"{path}: {names} are no one normalisation, a mean and a deviation")
+        unit = 255 if max(map(torch.max, values)) > 2 else 1
+        mean, std = [(value / unit).expand(3).tolist() for value in values]
+    while state and (known := [p for p in PREFIXES if all(key.startswith(p) for key in state)]):
+        state = {key.removeprefix(known[0]): value for key, value in state.items()}
     options = {}
     if getattr(NETWORKS[arch][0], "func", None) is CifarResNet:
+        if not any(".shortcut." in key or ".downsample." in key for key in state):
+            options["option_a"] = True
+            if "linear.weight" in state and mean is None:
+                mean, std = IMAGENET
         for theirs, ours in (("linear.", "fc."), (".shortcut.", ".downsample.")):
             state = {key.replace(theirs, ours): value for key, value in state.items()}
-        if not any(".downsample." in key for key in state):
-            options["option_a"] = True
     classifier = build_classifier(arch, num_classes, mean, std, **options)
     try:
         classifier.net.load_state_dict(state)
@@ -426,7 +439,9 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
         if torch.equal(trial(probe), expected):
             replace_layers(classifier, table, folded, quantizer)
             return table
-    raise ValueError("with QuantLayers the network computes something else; does it pad zeros?")
+    raise ValueError(
+        "with QuantLayers the network computes something else; does it pad with zeros?"
+    )
 
 
 def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[Layer], dict[str, str]]:
@@ -588,6 +603,7 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
         integers = layer.freeze()
         finite = (integers.scale * integers.shift).isfinite().all()
         require(finite, f"layer {name}: its weights or its BatchNorm are not finite")
+        require(not is_hooked(layer), f"layer {name} has hooks that its integers would lose")
         tried = (exact_layer(kinds[backend], integers, batch) for backend in backends)
         frozen = next((layer for layer in tried if layer is not None), None)
         if frozen is None:
@@ -804,11 +820,13 @@ class FusedBlock(nn.Module):
         return self.conv2(q, x if self.downsample is None else self.downsample(x))
 
 
+def is_hooked(module: nn.Module) -> bool:
+    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+
+
 def fuse_blocks(body: nn.Module) -> None:
     """The blocks and the first ReLU of a CifarResNet as it was built, in place."""
-    parts = list(body.modules())
-    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-    if type(body) is not CifarResNet or hooked:
+    if type(body) is not CifarResNet or is_hooked(body):
         return
     for name, block in list(body.named_modules()):
         if type(block) is BasicBlock:
