@@ -1,11 +1,26 @@
 """ARQ: mixed-precision quantization that keeps a network's certified robustness.
 
-    python arq.py                                                 # offline, minutes on two cores
-    python arq.py --dataset cifar10 --sigma 0.25 --budget 0.015   # the paper's setting
+    python arq.py                                                # offline, minutes on two cores
+    python arq.py --dataset cifar10 --sigma 0.25 --budget 0.015  # the paper's setting
 
-Paper: "ARQ: A Mixed-Precision Quantization Framework for Accurate and Certifiably Robust DNNs",
-arXiv 2410.24214; the README puts its symbols beside the code.
+Algorithm 1 of the paper (Yang et al., arXiv 2410.24214), and who does each line:
+
+    ACR(g), cache <- FullRobustCertify(f)                  certify.Smooth.certify_and_cache
+    for each episode                                       search
+        for each layer: the agent emits b_w and b_a        BitWidthEnvironment.rollout
+        while BitOPs(P) > budget: take one bit             models.enforce_budget
+        f^P <- f, quantized by P, briefly fine-tuned       evaluate_policy
+        ACR(g^P) <- IncrementalRobustCertify(f^P, cache)   evaluate_policy
+        reward <- (ACR(g^P) - ACR(g)) / ACR(g)             relative_gain
+        the agent learns                                   ddpg.DDPG.learn
+    P* <- the best policy                                  reevaluate_finalists, best_policy
+    f* <- f, quantized by P*, fine-tuned                   finetune_best
+    FullRobustCertify(f*) on the test images               certify.Smooth.certify
+
+The README puts the paper's symbols beside the code, and numbers where the two differ.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -28,9 +43,8 @@ from zipfile import is_zipfile
 
 import torch
 import torchvision
-from torch import Tensor, distributed as dist, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torchvision.datasets.folder import Image  # PIL's, which comes with torchvision
 from torchvision.transforms.v2 import functional as TF
@@ -39,104 +53,130 @@ import certify
 import models
 from certify import Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig
-from models import NETWORKS, Classifier, Layer, Policy, refuse
+from models import NETWORKS, Classifier, Layer, Policy, require
 
 
 # ---- Algorithm 1 ----
 class BitWidthEnvironment:
-    """An episode walks the layers; each takes two actions, one for its weights, one for its input (HAQ, 3.2).
-    A state (10,) holds, in [0, 1]: index, c_in, c_out, kernel, stride, input map size, number of weights,
-    depthwise flag, weight-or-input flag, previous bit-width. First and last layer keep 8 bits, unvisited."""
+    """An episode walks the layers; each takes two decisions, its weights' and its input's bits.
+
+    The first and the last layer keep 8 bits and are not visited. A state (10,) holds HAQ's
+    features (Wang et al., 2019, section 3.2), min-max normalised; the last is the previous
+    bit-width. Raises ValueError if 2 bits everywhere do not fit the budget."""
 
     def __init__(self, table: list[Layer], budget: float):
         models.enforce_budget(table, models.uniform_policy(table, models.MIN_BITS), budget)
-        refuse(len(table) < 3, "no layer is left between the first and the last, which keep 8 bits")
+        require(len(table) > 2, "no layer stands between the first and the last")
         self.table, self.budget = table, budget
-        self.steps = [(layer, kind) for layer in table[1:-1] for kind in (0, 1)]  # weights, input
-        rows = [[i // 2, *row[1:7], row.depthwise, kind] for i, (row, kind) in enumerate(self.steps)]
-        features = torch.tensor(rows, dtype=torch.float32)
+        self.decisions, features = [], []
+        for index, layer in enumerate(table[1:-1]):
+            shape = [layer.c_in, layer.c_out, layer.kernel, layer.stride, layer.map_size]
+            for operand in (0, 1):  # weights, input: positions in a policy's [b_w, b_a]
+                self.decisions.append((layer, operand))
+                features.append([index, *shape, layer.weights, layer.depthwise, operand])
+        features = torch.tensor(features, dtype=torch.float32)
         low, high = features.amin(0), features.amax(0)
         self.features = (features - low) / (high - low).clamp_min(1e-9)
-        self.state_size = self.features.shape[1] + 1
+        self.state_size = features.shape[1] + 1
 
     @staticmethod
     def bits(action: float) -> int:
-        """round(b_min - 1/2 + a (b_max - b_min + 1)): equal shares of [0, 1] for every bit-width."""
-        bits = round(models.MIN_BITS - 0.5 + action * (models.MAX_BITS - models.MIN_BITS + 1))
-        return min(models.MAX_BITS, max(models.MIN_BITS, bits))
+        """round(b_min - 1/2 + a (b_max - b_min + 1)): equal shares of [0, 1] for each width."""
+        least, most = models.MIN_BITS, models.MAX_BITS
+        return min(most, max(least, round(least - 0.5 + action * (most - least + 1))))
 
     def rollout(self, act: Callable[[Tensor], float]) -> tuple[Tensor, Tensor, Policy]:
-        """One episode: states (T, 10), actions (T, 1) as emitted, and the policy under the budget."""
+        """One episode: states (T, 10), actions (T, 1) as emitted, and the policy, forced."""
         policy = models.uniform_policy(self.table, models.MIN_BITS)
         states, actions, previous = [], [], 1.0
-        for features, (layer, kind) in zip(self.features, self.steps):
+        for features, (layer, operand) in zip(self.features, self.decisions):
             state = torch.cat([features, torch.tensor([previous])])
             action = act(state)
-            policy[layer.name][kind] = self.bits(action)
-            previous = policy[layer.name][kind] / models.MAX_BITS
+            bits = self.bits(action)
+            policy[layer.name][operand] = bits
+            previous = bits / models.MAX_BITS
             states.append(state)
             actions.append(action)
         policy = models.enforce_budget(self.table, policy, self.budget)
         return torch.stack(states), torch.tensor(actions)[:, None], policy
 
 
-class PolicyEvaluator:
-    """ACR(g^P) of a policy P: quantize f, fine-tune briefly, certify. Each starts from the same weights.
-    classifier: f, or another start; quantizable and calibrated (models.quantize_model, models.calibrate)
-    finetune(classifier): trains it for a few steps, in place
-    certificate(classifier, cache): radii of g^P on the images of f's cache, 0 where wrong"""
+def evaluate_policy(policy, cache, start, train_images, search_pixels, config, final=False):
+    """ACR(g^P) of a policy P on the search images (B, C, H, W), by incremental certificates.
 
-    def __init__(self, classifier: nn.Module, finetune: Callable, certificate: Callable):
-        self.classifier, self.finetune, self.certificate = classifier, finetune, certificate
-        self.base_state = copy.deepcopy(classifier.state_dict())
+    cache: f's certificates and predictions on these images; start: a copy of f from `prepare`
+    Certificates hold with probability 1 - (alpha + alpha_zeta) each, but every episode replays
+    their noise: they serve the search, and its best policy is certified from scratch.
+    final: finalists have twice the training and CERTIFY, on fresh noise."""
+    quantized = copy.deepcopy(start)
+    models.set_policy(quantized, policy)
+    num_batches = config.episode_batches * (2 if final else 1)
+    train(quantized, train_images, config, num_batches, EPISODE_LR, "episode")
+    if not all(value.isfinite().all() for value in quantized.state_dict().values()):
+        return 0.0  # training diverged: there is nothing to certify
+    network = integer_network(quantized, config)
+    g = smooth(network, train_images.classes, config, "finalists")
+    if final:
+        labels, ids = zip(*[(row.label, row.idx) for row in cache.certificates])
+        rows = g.certify(search_pixels, labels, ids, config.n0, config.search_n, config.alpha)
+    else:
+        bounds = config.alpha_zeta, config.gamma
+        rows = g.certify_incremental(search_pixels, cache, config.n_p, *bounds)
+    return certify.average_certified_radius(rows)
 
-    def quantize(self, policy: Policy) -> nn.Module:
-        self.classifier.load_state_dict(self.base_state)
-        models.set_policy(self.classifier, policy)
-        return self.classifier
 
-    def __call__(self, policy: Policy, cache: ReplayCache) -> float:
-        quantized = self.quantize(policy)
-        self.finetune(quantized)
-        if not all(value.isfinite().all() for value in quantized.state_dict().values()):
-            return 0.0  # it diverged: there is nothing to certify
-        return statistics.fmean(self.certificate(quantized, cache))
+def relative_gain(acr: float, base_acr: float) -> float:
+    """The reward: (ACR(g^P) - ACR(g)) / ACR(g)."""
+    return (acr - base_acr) / base_acr
 
 
-def search(certify_base, environment, agent, evaluate) -> Iterator[dict]:
-    """Algorithm 1: a record per episode. The agent's count of episodes says where it starts. certify_base():
-    f's ReplayCache; environment: BitWidthEnvironment; agent: like DDPG; evaluate(policy, cache): ACR(g^P)"""
-    # 1: FullRobustCertify(f); `run` has done it as its step 2
-    cache = certify_base()
+def search(cache, environment, agent, evaluate, reward=relative_gain) -> Iterator[dict]:
+    """Algorithm 1, a record per episode; it goes on from the agent's count of episodes.
+
+    cache: f's ReplayCache; environment: a BitWidthEnvironment; agent: a DDPG or the like
+    evaluate(policy, cache): ACR(g^P), as `evaluate_policy`; reward(ACR(g^P), ACR(g))"""
+    # 1: ACR(g) of the float network, from FullRobustCertify(f)
     base_acr = certify.average_certified_radius(cache.certificates)
     # 2: for each episode
     while agent.episode < agent.config.episodes:
         episode, noise = agent.episode, agent.noise
         # 3: the agent emits bit-widths layer by layer; the policy is forced under the budget
         states, actions, policy = environment.rollout(agent.act)
-        # 4: quantize f with it, fine-tune, IncrementalRobustCertify
+        # 4: quantize f by it, fine-tune, IncrementalRobustCertify
         acr = evaluate(policy, cache)
-        # 5: the agent learns from the reward, (ACR(g^P) - ACR(g)) / ACR(g)
-        reward = (acr - base_acr) / base_acr
-        agent.learn(states, actions, reward)
-        yield {"episode": episode, "acr": acr, "reward": reward, "noise": noise, "policy": policy}
+        # 5: the agent learns from the reward
+        gain = reward(acr, base_acr)
+        agent.learn(states, actions, gain)
+        yield {"episode": episode, "acr": acr, "reward": gain, "noise": noise, "policy": policy}
+
+
+def reevaluate_finalists(records, count: int, evaluate, cache) -> Iterator[dict]:
+    """The best of many noisy rewards is partly luck: the best policies are evaluated again.
+
+    records: those of `search` and, after an interruption, of the finalists so far."""
+    episodes = [record for record in records if "finalist" not in record]
+    by_acr = sorted(episodes, key=lambda record: record["acr"])
+    by_policy = {str(record["policy"]): record for record in by_acr}  # each policy once
+    ranked = sorted(by_policy.values(), key=lambda record: record["acr"], reverse=True)
+    already = len(records) - len(episodes)
+    for record in ranked[already:count]:
+        yield record | {"finalist": True, "acr": evaluate(record["policy"], cache)}
 
 
 def best_policy(records: list[dict]) -> Policy:
-    """6, the last line: the policy of the largest ACR; `run` fine-tunes it and certifies it from scratch.
-    If some records are of finalists, evaluated again by `search_policies`, it is the best of those."""
-    finalists = [record for record in records if record.get("finalist")]
+    """6: the policy of the largest ACR, among finalists where there are any."""
+    finalists = [record for record in records if "finalist" in record]
     return max(finalists or records, key=lambda record: record["acr"])["policy"]
 
 
 # ---- training ----
 BASE_LR, BASE_DECAY = 0.2, 5e-4
 EPISODE_LR, FINETUNE_LR = 0.005, 0.02
-AUTOCAST_DEVICES = ("cuda", "cpu") if torch.cpu._is_avx512_bf16_supported() else ("cuda",)  # to bfloat16
+BFLOAT16 = {"cuda": True, "mps": False, "cpu": torch.cpu._is_avx512_bf16_supported()}
 
 
 def augment(images: Tensor, uniform: Tensor) -> Tensor:
-    """Shift images (B, C, H, W) by up to an eighth of the side, and flip them, as uniform (3, B) says."""
+    """Shift images (B, C, H, W) by up to an eighth of the side; flip. uniform: (3, B)."""
     count, _, height, width = images.shape
     pad = max(1, height // 8)
     top, left = (uniform[:2, :, None] * (2 * pad + 1)).long()
@@ -148,129 +188,492 @@ def augment(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def noise_augmentation(network, x, noise, labels, teacher=None, share=0.0) -> Tensor:
-    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). A share of the targets is a
-    teacher's softmax on the same images under other noise, on average its smoothed classifier's answer."""
+    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). A share of targets
+    is a teacher's softmax under other noise: on average, its smoothed classifier's answer."""
     if share > 0:
         with torch.no_grad():
-            answers = teacher(x + noise.roll(1, 0)).float().softmax(1)  # the noise of another image
+            noise_of_others = noise.roll(1, 0)
+            answers = teacher(x + noise_of_others).float().softmax(1)
         labels = share * answers + (1 - share) * F.one_hot(labels, answers.shape[1])
     return F.cross_entropy(network(x + noise).float(), labels, reduction="none")
 
 
-def train(classifier, images, config, steps, lr, purpose="", decay=1e-4, state=None, save=None, loss=None):
-    """In place: `steps` batches of an ImageSet by Nesterov SGD, whose rate rises over a fifth and falls along
-    a cosine; weight decay spares steps, biases and BatchNorm. config: seed, sigma, batch_size, float32. loss:
-    as noise_augmentation, the default. Equal arguments train equal networks. save(state) is called per epoch;
-    from such a state an interrupted call continues. Under torchrun each process takes a share of every batch,
-    as BatchNorm sees it. AUTOCAST_DEVICES use bfloat16, but for steps. An infinite loss raises ValueError."""
+def train(
+    classifier: nn.Module,
+    images: ImageSet,
+    config: Config,
+    num_batches: int,
+    lr: float,
+    purpose: str = "",
+    decay: float = 1e-4,
+    state: dict | None = None,
+    save: Callable | None = None,
+    loss: Callable = noise_augmentation,
+) -> None:
+    """Nesterov SGD in place, under Gaussian noise; ends in evaluation mode.
+
+    The rate rises over a fifth of the batches and falls along a cosine; weight decay spares
+    step sizes, biases and BatchNorm. config: its seed, sigma and batch_size.
+    loss(network, x, noise, labels): losses (B,), as `noise_augmentation`
+    save(state): called per epoch; from such a state the call continues, bit for bit
+    Equal arguments train equal networks. Raises ValueError, at a save, for an infinite loss."""
     device, batch_size = next(classifier.parameters()).device, config.batch_size
-    decayed = [p for p in classifier.parameters() if p.ndim > 1]
-    groups = [{"params": decayed, "weight_decay": decay}]
-    groups += [{"params": [p for p in classifier.parameters() if p.ndim <= 1]}]
-    optimizer = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    matrices = [p for p in classifier.parameters() if p.ndim > 1]
+    vectors = [p for p in classifier.parameters() if p.ndim <= 1]
+    parameters = [{"params": matrices, "weight_decay": decay}, {"params": vectors}]
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True)
+    first = 0
     if state is not None:
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
-    first = state["step"] if state else 0
-    network = DistributedDataParallel(classifier) if WORLD > 1 else classifier
-    classifier.train()
-    labels, fast = torch.tensor(images.labels), device.type in AUTOCAST_DEVICES and not config.float32
-    loss = loss or noise_augmentation
-    epoch = len(images) // batch_size
+        first = state["batch"]
+    network = share_gradients(classifier.train())
+    labels = torch.tensor(images.labels)
+    per_epoch = len(images) // batch_size
     seed = hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()
-    count = progress(purpose if save else "", "batches", first, steps)
-    for start in range(first, steps, epoch):
-        torch.manual_seed(int.from_bytes(seed[:4], "little") + start // epoch)
-        # What is random is drawn for whole batches: it does not depend on the number of processes.
-        batches = torch.randperm(len(images)).split(batch_size)[: min(epoch, steps - start)]
-        batches = [batch[RANK::WORLD] for batch in batches]
-        for chosen, pixels, step in zip(batches, images.batches(batches), count):
-            rise, fall = (step + 1) / (0.2 * steps + 1), 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    progress = Progress(purpose if save else "", "batches", num_batches, first)
+    for start in range(first, num_batches, per_epoch):
+        torch.manual_seed(int.from_bytes(seed[:4], "little") + start // per_epoch)
+        end = min(start + per_epoch, num_batches)
+        # What is random is drawn for whole batches, however many processes share them.
+        batches = torch.randperm(len(images)).split(batch_size)[: end - start]
+        batches = [batch[MINE] for batch in batches]
+        for index, chosen, pixels in zip(range(start, end), batches, images.batches(batches)):
+            rise = (index + 1) / (0.2 * num_batches + 1)
+            fall = 0.5 + 0.5 * math.cos(math.pi * index / num_batches)
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(rise, fall)
-            uniform = torch.rand(3, batch_size)[:, RANK::WORLD]
+            uniform = torch.rand(3, batch_size)[:, MINE]
             x = augment(pixels.to(device), uniform).float() / 255
-            noise = torch.randn(batch_size, *x.shape[1:], device=device)[RANK::WORLD]
-            with torch.autocast(device.type, torch.bfloat16, enabled=fast):
-                losses = loss(network, x, config.sigma * noise, labels[chosen].to(device))
+            noise = config.sigma * torch.randn(batch_size, *x.shape[1:], device=device)[MINE]
+            with torch.autocast(device.type, torch.bfloat16, enabled=BFLOAT16[device.type]):
+                losses = loss(network, x, noise, labels[chosen].to(device))
             optimizer.zero_grad()
             (WORLD * losses.sum() / batch_size).backward()  # processes average their gradients
             optimizer.step()
+            progress(index + 1)
         if save is not None:
             finite = losses.isfinite().all()
-            refuse(not finite, f"{purpose}: the loss is not finite at step {step + 1}; try another --seed")
+            require(finite, f"{purpose}: infinite loss at batch {end}; try another --seed")
             parts = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict()}
-            save(parts | {"step": step + 1})
-    next(count, None)
-    for buffer in classifier.buffers() if WORLD > 1 else ():
-        dist.broadcast(buffer, 0)  # BatchNorm's statistics are each process's own
+            save({**parts, "batch": end})
+    share_buffers(classifier)
     classifier.eval()
 
 
-# ---- options: from here on plumbing, which a reader of the method may skip ----
-WORLD = int(os.environ["WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1  # torchrun's processes
-RANK = int(os.environ["RANK"]) if WORLD > 1 else 0  # of this process; rank 0 writes and prints
-WORKERS = max(1, min(16, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-SIZES = {"shapes": 0, "cifar10": 1, "folder": 1, "imagenet": 2}  # which of three defaults a dataset has
-STAGES = {  # and the groups of options that each one's outcome rests on
-    "train the base": "base",
-    "certify the base, search images": "base cache",
-    "search": "base cache search",
-    "fine-tune": "base cache search fine-tune",
-    "certify the base, test images": "base test",
-    "certify ARQ, test images": "base cache search fine-tune test",
-}
-read_state = partial(torch.load, map_location="cpu", weights_only=True)
-SAVED_OPTIONS = ("dataset", "arch", "image_size", "sigma")  # in the file of a network
+def build_base(config: Config, num_classes: int, file=None) -> Classifier:
+    """A float network, of a file or of --checkpoint, else to be trained; in the best layout."""
+    torch.manual_seed(config.seed)
+    file = file or config.checkpoint
+    if file:
+        base = models.load_base_checkpoint(file, config.arch, num_classes)
+        print(f"{file}: normalised by {base.mean.flatten()}, {base.std.flatten()}")
+    else:
+        base = models.build_classifier(config.arch, num_classes)
+    return base.to(config.device, memory_format=torch.channels_last).eval()
 
 
-def option(text: str, default=None, groups: str = "", least=None, below=None, **parser):
-    """A field of Config: one default or three, by SIZES; groups of stages that rest on it; its range."""
-    shown = " / ".join(map(str, default)) if isinstance(default, tuple) else default
-    shown = f" (default: {shown})" if default is not None and default is not False else ""
-    metadata = {"default": default, "groups": groups.split(), "least": least, "below": below}
-    metadata["parser"] = {"help": text + shown, **parser}
-    return dataclasses.field(default=None if isinstance(default, tuple) else default, metadata=metadata)
+def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
+    """A copy of a float network that takes any policy, and its layer table. Step sizes and the
+    signs of inputs come from up to 256 noisy images, spread over the given ones."""
+    classifier = copy.deepcopy(base)
+    table = models.quantize_model(classifier, config.image_size)
+    chosen = evenly_spaced(min(256, len(images)), len(images))
+    x = images.batch(chosen, config.device)
+    generator = torch.Generator(x.device).manual_seed(config.seed)
+    noise = torch.randn(x.shape, generator=generator, device=x.device)
+    models.calibrate(classifier, (x + config.sigma * noise).split(50))
+    return classifier, table
+
+
+def integer_network(classifier: Classifier, config: Config) -> nn.Module:
+    """The network as it is evaluated; on a GPU, checked at the batch that will run."""
+    batch = 2 if config.device == "cpu" else config.eval_batch
+    classifier = classifier.to(config.device, memory_format=torch.channels_last)
+    return models.integer_network(classifier, batch)
+
+
+# ---- the run ----
+def run(config: Config) -> None:
+    """The method in five steps. A step whose file is there is done; others continue."""
+    images, test_images = load_images(config, True), load_images(config, False)
+    same = images.classes == test_images.classes
+    require(same, f"--data {config.data}: the classes for training and for test differ")
+    contents = {"training set": images.fingerprint(), "test set": test_images.fingerprint()}
+    train_images, search_images = hold_out(images, config.search_images)
+    test_images = test_images.subset(evenly_spaced(config.images, len(test_images)))
+    base = build_base(config, len(images.classes))
+    table = models.quantize_model(copy.deepcopy(base), config.image_size)
+    environment = BitWidthEnvironment(table, config.budget)
+    given_policy = read_policy(config, table) if config.policy else None
+    folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
+    take_along(config, folder)
+    print(f"{config.dataset}, {config.arch}, sigma {config.sigma:g}; run folder {folder.path}")
+
+    # 1: the float base classifier f
+    work = partial(train_base, base, train_images, config)
+    base_file = folder.make("train the base", "base.pt", work)
+    base.load_state_dict(read_state(base_file))
+    start, _ = prepare(base, search_images, config)
+    # 2: FullRobustCertify(f) on the search images; 3: the search, unless the policy is given
+    if given_policy is None:
+        work = partial(certify_images, base, search_images, config, "search")
+        cache = read_cache(folder.make("certify the base, search", "search_cache.pt", work))
+        pixels = search_images.batch(range(len(search_images)), config.device)
+        shared = {"start": start, "train_images": train_images, "search_pixels": pixels}
+        evaluate = partial(evaluate_policy, **shared, config=config)
+        log = folder.path / "search.jsonl"
+        work = partial(run_search, environment, evaluate, cache, config, log)
+    else:
+        work = partial(lambda state, save: given_policy)
+    policy = read_json(folder.make("choose the policy", "policy.json", work))
+    same = given_policy in (None, policy)
+    require(same, f"{folder.path} has another --policy; give another --out")
+    # 4: the best policy, fine-tuned and packed
+    models.set_policy(start, policy)
+    work = partial(finetune_best, start, base, table, train_images, config)
+    file = folder.make("fine-tune", "model.arq", work)
+    classifier, _, description = models.load_model(file)
+    same = description["policy"] == policy
+    require(
+        same, f"{file} has not policy.json's bits; give that as --policy, and another --out"
+    )
+    # 5: what was packed, certified from scratch; the test images are first seen here
+    network = integer_network(classifier, config)
+    base_rows = certified(folder, "base certificate", base, test_images, config)
+    rows = certified(folder, "certificate", network, test_images, config)
+
+    float_policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
+    results = summarize(rows, network, table, policy, config, file)
+    results["base"] = summarize(base_rows, base, table, float_policy, config, base_file)
+    mean, standard_error = certify.acr_difference(rows, base_rows)
+    results["acr_difference"] = {"mean": mean, "standard_error": standard_error}
+    report(results, folder)
+
+
+def evaluate_saved(config: Config) -> None:
+    """--evaluate: certify a saved network, packed or a float checkpoint, on the test images."""
+    file, images = Path(config.evaluate), load_images(config, False)
+    if models.read_packed(file):
+        classifier, table, description = models.load_model(file)
+        policy = description["policy"]
+        same = description["classes"] == images.classes
+        require(same, f"--evaluate {file} has other classes; give its --data")
+    else:
+        classifier = build_base(config, len(images.classes), file)
+        table = models.quantize_model(classifier, config.image_size)
+        policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
+    contents = {"test set": images.fingerprint(), "network": digest(file.read_bytes())}
+    folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
+    images = images.subset(evenly_spaced(config.images, len(images)))
+    network = integer_network(classifier, config)
+    rows = certified(folder, "certificate", network, images, config)
+    report(summarize(rows, network, table, policy, config, file), folder)
+
+
+# The work of a step takes what it saved last, or None, and save(state).
+def train_base(base: Classifier, images: ImageSet, config: Config, state, save) -> dict:
+    num_batches = config.epochs * (len(images) // config.batch_size)
+    if config.checkpoint is None:
+        train(base, images, config, num_batches, BASE_LR, "base", BASE_DECAY, state, save)
+    return base.state_dict()
+
+
+def run_search(environment, evaluate, cache, config, log, state, save, agent_class=DDPG):
+    """The best policy of Algorithm 1. Each episode is a line, printed and in `log`.
+    evaluate(policy, cache, final=False): as evaluate_policy, the rest bound."""
+    warmup_episodes = min(20, max(1, config.episodes // 3))
+    settings = DDPGConfig(episodes=config.episodes, warmup_episodes=warmup_episodes)
+    agent = agent_class(environment.state_size, config.seed, settings)
+    records = []
+    if state is not None:
+        agent.load_state_dict(state["agent"])
+        records = state["records"]
+    agent.act = by_rank_0(agent.act)
+    began = time.monotonic()
+
+    def keep(record: dict) -> None:
+        nonlocal began
+        record["seconds"] = round(time.monotonic() - began, 3)
+        began = time.monotonic()
+        records.append(record)
+        save({"agent": agent.state_dict(), "records": records})
+        lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
+        write_whole(log, "".join(lines).encode())
+
+    for record in search(cache, environment, agent, evaluate):
+        record["bitops_ratio"] = models.bitops_ratio(environment.table, record["policy"])
+        record["size_bytes"] = models.size_bytes(environment.table, record["policy"])
+        keep(record)
+        best = cut(max(record["acr"] for record in records))
+        pace = statistics.median(record["seconds"] for record in records)
+        left = timedelta(seconds=round(pace * (config.episodes - len(records))))
+        text = f"  episode {len(records):>3}/{config.episodes}  ACR {cut(record['acr'])}"
+        text += f"  reward {record['reward']:+.4f}  best ACR {best}"
+        print(f"{text}  BitOPs {100 * record['bitops_ratio']:.3f} %  {left} left", flush=True)
+    evaluate_again = partial(evaluate, final=True)
+    for record in reevaluate_finalists(records, config.finalists, evaluate_again, cache):
+        keep(record)
+        print(f"  episode {record['episode'] + 1} again: ACR {cut(record['acr'])}", flush=True)
+    return best_policy(records)
+
+
+def finetune_best(classifier, base, table, images, config, state, save) -> bytes:
+    """The packed network, after the last fine-tuning of a classifier whose policy is set."""
+    num_batches = int(config.finetune_epochs * (len(images) // config.batch_size))
+    loss = partial(noise_augmentation, teacher=base, share=config.distill)
+    options = {"state": state, "save": save, "loss": loss}
+    train(classifier, images, config, num_batches, FINETUNE_LR, "fine-tune", **options)
+    description = {name: getattr(config, name) for name in SAVED_OPTIONS}
+    return models.pack_model(classifier, table, {**description, "classes": images.classes})
+
+
+def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config) -> list:
+    """A network's certificates of the test images; their purpose names the table."""
+    work = partial(certify_images, network, images, config, purpose)
+    file = folder.make(f"{purpose}s, test images", f"{purpose.replace(' ', '_')}s.tsv", work)
+    rows = certify.read_certificates(file)
+    whole = [row.idx for row in rows] == images.ids
+    require(whole, f"{file} has not one row per image; remove it, and it is made again")
+    return rows
+
+
+def certify_images(network, images: ImageSet, config: Config, purpose: str, state, save):
+    """CERTIFY by blocks of images, each saved: a table or, for the search, what `read_cache`
+    takes. purpose names the noise."""
+    g = smooth(network, images.classes, config, purpose)
+    is_cache = purpose == "search"
+    n = config.search_n if is_cache else config.n
+    rows, predictions, key = state or ([], torch.zeros(0, n, dtype=torch.uint8), "")
+    progress = Progress("certifying", "images", len(images), len(rows))
+    for first in range(len(rows), len(images), WORLD * max(1, 10_000 // n)):
+        indices = range(len(images))[first : first + WORLD * max(1, 10_000 // n)]
+        part = images.subset(indices)
+        pixels = part.batch(range(len(part)), config.device)
+        sampling = (
+            config.n0,
+            n,
+            config.alpha,
+            is_cache,
+        )  # wrong images have no samples in a cache
+        block = g.certify_and_cache(pixels, part.labels, part.ids, *sampling)
+        rows += [tuple(row) for row in block.certificates]
+        if is_cache:
+            predictions, key = torch.cat([predictions, block.predictions]), block.key
+        save((rows, predictions, key))
+        progress(len(rows))
+    if is_cache:
+        return rows, predictions, key
+    text = io.StringIO()
+    certify.write_certificates(text, [Certificate(*row) for row in rows])
+    return text.getvalue().encode()
+
+
+def read_cache(file: Path) -> ReplayCache:
+    rows, predictions, key = read_state(file)
+    rows = [Certificate(*row) for row in rows]
+    useful = any(row.radius > 0 for row in rows)
+    require(useful, "the base certifies no search image; train it longer, or lower --sigma")
+    return ReplayCache(rows, predictions, key)
+
+
+# ---- the run folder ----
+FREE = "out", "data", "eval_batch"  # options that change no result
+SAVED_OPTIONS = "dataset", "arch", "image_size", "sigma"  # in the file of a network
+
+
+class RunFolder:
+    """The files of one run. A product that is there is done; the work in progress continues
+    from state.pt, what it saved last. options, but for FREE ones, stay as config.json has them.
+    Raises ValueError, before anything is touched, for other options and a folder in use."""
+
+    def __init__(self, path, options: dict):
+        self.path, self.options, self.seconds = Path(path), options, {}
+        file = self.path / "config.json"
+        names = os.listdir(path) if self.path.exists() else []
+        ours = file.exists() or all(name.endswith((".lock", ".part")) for name in names)
+        require(ours, f"--out {path} is not empty and holds no run; give another --out")
+        before = read_json(file) if file.exists() else options
+        for name in [name for name in options if name not in FREE]:
+            there, here = before.get(name), options[name]
+            both = f"{flag(name)} {there} there, {here} here"
+            require(there == here, f"{path} holds another run, {both}; give another --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.path / "run.lock")
+        gather(None)  # every process has seen the folder as it was
+        write_whole(file, options)
+
+    def make(self, name: str, product: str, work: Callable) -> Path:
+        """The file `product`: what work(state, save) returns, called unless the file is there.
+        state: what the work's last save(state) kept, None at first. All processes call both."""
+        file, state_file = self.path / product, self.path / "state.pt"
+        saved = read_state(state_file) if state_file.exists() else {}
+        self.seconds = saved.get("seconds", {})
+        if all(gather(file.exists())):
+            print(f"{name}: done before", flush=True)
+            return file
+        state = saved["state"] if saved.get("product") == product else None
+        print(f"{name} ..." if state is None else f"{name}, continued ...", flush=True)
+        began = time.monotonic()
+
+        def save(state) -> None:
+            nonlocal began
+            now = time.monotonic()
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - began
+            began = now
+            record = {"product": product, "state": state, "seconds": self.seconds}
+            write_whole(state_file, record)
+
+        write_whole(file, work(state, save))
+        save(None)
+        gather(None)
+        return file
+
+
+def lock(path: Path):
+    """A file that is this process's while it is open."""
+    file = path.open("a")
+    if RANK == 0 and os.name == "posix":
+        import fcntl  # Windows has none, and no lock
+
+        try:  # lockf is seen over NFS, ends with the process, and is not handed to workers
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:  # of other kinds where a file system has no locks
+            free = not isinstance(error, (BlockingIOError, PermissionError))
+            require(free, f"another process is at work in {path.parent}")
+    return file
+
+
+def take_along(config: Config, folder: RunFolder) -> None:
+    """With --checkpoint runs/X/base.pt: the base's certificates of runs/X, if options agree."""
+    source = Path(config.checkpoint or "").parent
+    if config.checkpoint is None or not (source / "config.json").exists():
+        return
+    before = read_json(source / "config.json")
+    common = "arch image_size sigma seed n0 alpha device search_images".split()
+    products = {"search_cache.pt": ["training set", "search_n"]}
+    products["base_certificates.tsv"] = ["test set", "images", "n"]
+    for product, names in products.items():
+        agree = all(before.get(name) == folder.options[name] for name in common + names)
+        if agree and (source / product).exists() and not (folder.path / product).exists():
+            print(f"{product}: taken from {source}", flush=True)
+            write_whole(folder.path / product, (source / product).read_bytes())
+
+
+def write_whole(path: Path, value) -> None:
+    """Rank 0 writes bytes, a JSON file or a torch file, whole or not at all."""
+    if RANK > 0:
+        return
+    if path.suffix == ".json":
+        value = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+    if not isinstance(value, bytes):
+        buffer = io.BytesIO()  # torch.save to a full disk would not be an OSError
+        torch.save(value, buffer)
+        value = buffer.getbuffer()
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(value)
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def read_state(path: Path):
+    require(is_zipfile(path), f"{path} is broken; remove it, and it is made again")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:  # no JSON, no UTF-8
+        raise ValueError(f"{path} is no JSON file ({error})") from None
+
+
+def read_policy(config: Config, table: list[Layer]) -> Policy:
+    """--policy: a bit-width for all layers, forced under the budget, or a file that fits."""
+    given, names = f"--policy {config.policy}", [layer.name for layer in table]
+    if config.policy.isdigit():
+        policy = models.uniform_policy(table, int(config.policy))
+        models.check_policy(names, policy)
+        ratio = models.bitops_ratio(table, policy)
+        print(f"{given}: {ratio:.6f} of the float BitOPs, forced under {config.budget:g}")
+        return models.enforce_budget(table, policy, config.budget)
+    policy = read_json(Path(config.policy))
+    models.check_policy(names, policy)
+    ratio = models.bitops_ratio(table, policy)
+    fits = ratio <= config.budget
+    require(fits, f"{given} costs {ratio:.6f} of the float BitOPs; raise --budget")
+    return policy
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+# ---- options ----
+DATASETS = "shapes", "cifar10", "folder", "imagenet"
+
+
+def option(default, text: str, **more):
+    return dataclasses.field(default=default, metadata={"help": text, **more})
 
 
 @dataclasses.dataclass
-class Config:  # every option; the command line is made from it
-    dataset: str = option("shapes (drawn here; default) or as named", None, "base", choices=SIZES)
-    data: str = option("where the images are, or where CIFAR-10 is downloaded to", "data", "base")
-    arch: str = option("network", ("resnet8", "resnet20", "resnet50"), "base evaluate", choices=NETWORKS)
-    checkpoint: str = option("float base classifier, trained with noise; else one is trained", None, "base")
-    pretrained: bool = option("train the base from torchvision's weights, downloaded", False, "base")
-    mean: list = option("normalisation, such as 0.5 0.5 0.5", None, "base evaluate", type=float, nargs=3)
-    std: list = option("likewise", None, "base evaluate", type=float, nargs=3)
-    sigma: float = option("noise, in [0, 1] pixels", (0.25, 0.25, 0.25), "base evaluate", below=math.inf)
-    budget: float = option("BitOPs allowed, as a fraction of the float network's", 0.015, "search", below=1)
-    epochs: int = option("training epochs of the base classifier", (6, 90, 90), "base", 1)
-    start: str = option("float network that episodes start from, in place of the base", None, "search")
-    episodes: int = option("search episodes, one policy each", (24, 600, 600), "search", 1)
-    finetune_steps: int = option("training steps of a policy in its episode", (8, 20, 20), "search", 0)
-    finalists: int = option("best policies, all different, that are evaluated again", 5, "search", 0)
-    finetune_epochs: float = option("epochs of the best policy", (3.0, 30.0, 10.0), "fine-tune", 0)
-    distill: float = option("share of the base's softmax in fine-tuning's targets", 0.0, "fine-tune", 0)
-    search_images: int = option("training images held out for the search", (100, 500, 500), "base", WORLD)
-    search_n: int = option("samples of the base per search image", (500, 10000, 10000), "cache", 1)
-    n_p: int = option("samples of a policy per search image", (200, 1000, 1000), "search", 1)
-    images: int = option("test images, evenly spaced over the set", (100, 500, 500), "test", 1)
-    n0: int = option("samples that select the class", 100, "cache test", 1)
-    n: int = option("samples that bound its probability", (1000, 10000, 10000), "test", 1)
-    alpha: float = option("probability of a wrong certificate, per image", 0.001, "cache test", below=0.5)
-    alpha_zeta: float = option("the same for the disparity zeta of IRS", 0.001, "search", below=0.5)
-    gamma: float = option("p_A from which IRS draws fresh samples", (0.99, 0.99, 0.995), "search", below=1)
-    reward: str = option("IRS, or an estimate without a bound", "irs", "search", choices=("irs", "estimate"))
-    image_size: int = option("side of the images", (32, 32, 224), "base evaluate", 8)
-    batch_size: int = option("training batch", 128, "base", 2 * WORLD)
-    float32: bool = option("train in float32 even where bfloat16 is faster", False, "base")
-    eval_batch: int = option("samples per forward pass when certifying", None, "", 1)
-    workers: int = option("processes that decode image files of over 64 pixels", WORKERS, "", 0)
-    seed: int = option("seed of training, search and noise", 0, "base evaluate", 0)
-    device: str = option("where to run", "auto", "cache test", choices=("auto", "cuda", "mps", "cpu"))
-    out: str = option("run folder (default: named after the options, under runs/)")
-    restart: bool = option("do those stages of the run in --out anew whose options differ now", False)
-    evaluate: str = option("certify this saved network on the test images, and stop", None, "evaluate")
+class Config:
+    """Every option, with the default for `shapes`; the command line is made from it."""
+
+    # data
+    dataset: str = option("shapes", "images; shapes are drawn here", choices=DATASETS)
+    data: str = option("data", "folder of the images; CIFAR-10 is downloaded to it")
+    image_size: int = option(32, "side of the images, in pixels")
+    search_images: int = option(100, "training images held out for the search")
+    images: int = option(100, "test images, evenly spaced over the set")
+    # method
+    arch: str = option("resnet8", "network", choices=tuple(NETWORKS))
+    sigma: float = option(0.25, "standard deviation of the noise, in [0, 1] pixels")
+    budget: float = option(0.015, "BitOPs allowed, as a fraction of the float network's")
+    episodes: int = option(24, "episodes of the search, one policy each")
+    finalists: int = option(5, "best policies, all different, that are evaluated again")
+    search_n: int = option(500, "samples of the base per search image")
+    n_p: int = option(200, "samples of a policy per search image")
+    gamma: float = option(0.99, "p_A from which IRS draws fresh samples")
+    alpha_zeta: float = option(0.001, "alpha of the disparity zeta of IRS")
+    policy: str = option(None, "no search: a policy.json, or a bit-width such as 4")
+    # training
+    checkpoint: str = option(None, "float base, trained with noise; else one is trained")
+    epochs: int = option(6, "epochs of the base")
+    episode_batches: int = option(8, "training batches of a policy in its episode")
+    finetune_epochs: float = option(3.0, "epochs of the best policy")
+    distill: float = option(0.0, "share of the base's softmax in fine-tuning's targets")
+    batch_size: int = option(128, "images in a training batch")
+    # certificates
+    n0: int = option(100, "samples that select the class")
+    n: int = option(1000, "samples that bound its probability")
+    alpha: float = option(0.001, "probability of a wrong certificate, per image")
+    eval_batch: int = option(None, "samples per forward pass when certifying")
+    # run
+    seed: int = option(0, "seed of training, search and noise")
+    device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
+    out: str = option(None, "run folder (default: under runs/, named after the options)")
+    evaluate: str = option(None, "certify this saved network on the test images, and stop")
+
+
+GROUPS = {"dataset": "data", "arch": "method", "checkpoint": "training"}  # by first option
+GROUPS |= {"n0": "certificates", "seed": "run"}
+PRESETS = {"shapes": {}}  # what other data sets have in place of the defaults
+PRESETS["cifar10"] = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 30.0}
+PRESETS["cifar10"] |= {"episodes": 600, "episode_batches": 20, "search_images": 500}
+PRESETS["cifar10"] |= {"search_n": 10_000, "n_p": 1000, "images": 500, "n": 10_000}
+PRESETS["folder"] = PRESETS["cifar10"]
+PRESETS["imagenet"] = PRESETS["cifar10"] | {"arch": "resnet50", "finetune_epochs": 10.0}
+PRESETS["imagenet"] |= {"gamma": 0.995, "image_size": 224}
+MOST = 2**31 - 1
+RANGES = {f.name: (1, MOST) for f in dataclasses.fields(Config) if f.type == "int"}
+RANGES |= dict.fromkeys(["episode_batches", "finalists", "seed"], (0, MOST))
+RANGES |= {"image_size": (8, 4096), "batch_size": (2, MOST), "finetune_epochs": (0, 1e6)}
+RANGES |= {"sigma": (0.001, 1e6), "budget": (1e-5, 1), "distill": (0, 1), "gamma": (0, 1)}
+RANGES |= dict.fromkeys(["alpha", "alpha_zeta"], (1e-12, 0.49))
+KINDS = {"int": int, "float": float, "str": str}
 
 
 def flag(name: str) -> str:
@@ -278,206 +681,65 @@ def flag(name: str) -> str:
 
 
 def parse_config(argv=None) -> Config:
-    """Options from the command line, checked and completed. Raises ValueError."""
-    about = "Three defaults are those for shapes, for cifar10 and folder, for imagenet."
-    parser = argparse.ArgumentParser(allow_abbrev=False, description=about)
-    parser.error = lambda message: refuse(True, f"{message} (see --help)")
-    for f in dataclasses.fields(Config):
-        kind = {"action": "store_true"} if f.type is bool else {"type": f.type}
-        parser.add_argument(flag(f.name), default=f.default, **{**kind, **f.metadata["parser"]})
-    return complete_config(Config(**vars(parser.parse_args(argv))))
+    """Options from the command line, completed and checked. Raises ValueError."""
+    about = f"Defaults are those for shapes. For cifar10: {PRESETS['cifar10']}"
+    parser = argparse.ArgumentParser(
+        description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    parser.error = lambda message: require(False, f"{message} (see --help)")
+    for field in dataclasses.fields(Config):
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        settings = {**field.metadata, "type": KINDS[field.type]}
+        if field.default is not None:
+            settings["help"] += f" (default: {field.default})"
+        group.add_argument(flag(field.name), **settings)
+    return complete_config(vars(parser.parse_args(argv)))
 
 
-def complete_config(config: Config) -> Config:
-    """Fill in what is left open and refuse what cannot work, before any data is touched."""
-    for name in ("checkpoint", "start", "evaluate"):
-        file = getattr(config, name)
-        refuse(file is not None and not Path(file).is_file(), f"{flag(name)} {file}: no such file")
-    packed = models.read_packed(config.evaluate) if config.evaluate else None
+def complete_config(given: dict) -> Config:
+    """A Config of the given options; what cannot work is refused before any data is touched."""
+    for name in [name for name in ("checkpoint", "evaluate", "policy") if name in given]:
+        there = Path(given[name]).is_file() or (name == "policy" and given[name].isdigit())
+        require(there, f"{flag(name)} {given[name]}: no such file")
+    packed = models.read_packed(given["evaluate"]) if "evaluate" in given else None
     saved = {name: packed[0][name] for name in SAVED_OPTIONS} if packed else {}
-    for name in ("arch", "image_size", "mean", "std") if packed else ():
-        differs = getattr(config, name) not in (None, packed[0][name])
-        refuse(differs, f"--evaluate {config.evaluate} has {flag(name)} {packed[0][name]}; omit it")
-    config.dataset = config.dataset or saved.get("dataset", "shapes")
-    for f in dataclasses.fields(Config):
-        if isinstance(f.metadata["default"], tuple) and getattr(config, f.name) is None:
-            usual = f.metadata["default"][SIZES.get(config.dataset, 1)]
-            setattr(config, f.name, saved.get(f.name, usual))
-    has_none = config.pretrained and (config.checkpoint or NETWORKS[config.arch][1] is models.CIFAR10)
-    refuse(has_none, "--pretrained is for mobilenet_v2 and such, without --checkpoint")
+    for name in ("arch", "image_size"):
+        agrees = given.get(name) in (None, saved.get(name, given.get(name)))
+        require(
+            agrees, f"{flag(name)} is {saved.get(name)} in {given.get('evaluate')}; omit it"
+        )
+    preset = PRESETS[given.get("dataset", saved.get("dataset", "shapes"))]
+    config = Config(**{**preset, **saved, **given})
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
-    config.device = best if config.device == "auto" else config.device
-    refuse(config.device not in (best, "cpu"), f"--device {config.device} is not available; use auto")
+    if config.device == "auto":
+        config.device = best
+    there = config.device in (best, "cpu")
+    require(there, f"--device {config.device} is not available; use auto")
     if config.eval_batch is None:  # small batches stay in a CPU's cache; a GPU wants large ones
         samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32**2 // max(config.image_size, 32) ** 2)
-    for f in dataclasses.fields(Config):
-        value, least, below = getattr(config, f.name), f.metadata["least"], f.metadata["below"]
-        inside = 0 < value < below if below else least is None or least <= value < 2**31
-        wanted = f"above 0 and below {below}" if below else f"at least {least} and below 2^31"
-        refuse(not inside, f"{flag(f.name)} must be {wanted}, not {value}")
-    needed = math.floor(math.log(config.alpha) / math.log(0.5)) + 1  # samples that certify if all agree
-    for name in ("n", "search_n", "n_p"):
-        n = getattr(config, name)
-        refuse(n < needed, f"{flag(name)} {n} never certifies; give at least {needed}")
-    refuse(config.distill > 1, f"--distill is a share of 1, not {config.distill}")
-    refuse(config.n_p > config.search_n, f"--n-p {config.n_p} exceeds --search-n {config.search_n}")
-    if config.out is None:
-        file = Path(config.evaluate or "").resolve()
-        source = f"evaluate-{file.parent.name}-{file.stem}" if config.evaluate else f"budget{config.budget:g}"
-        config.out = f"runs/{config.dataset}-{config.arch}-sigma{config.sigma:g}-{source}-seed{config.seed}"
+    needed = math.floor(math.log(max(config.alpha, 1e-99)) / math.log(0.5)) + 1
+    never = f"never certifies at --alpha {config.alpha}; give at least {needed}"
+    for name, (least, most) in RANGES.items():
+        value = getattr(config, name)
+        fits = least <= value <= most
+        require(fits, f"{flag(name)} must be from {least} to {most}, not {value}")
+        enough = name not in ("n", "search_n", "n_p") or value >= needed
+        require(enough, f"{flag(name)} {value} {never}")
+    enough = config.batch_size >= 2 * WORLD
+    require(enough, f"--batch-size {config.batch_size} is too small for {WORLD} processes")
+    fits = config.n_p <= config.search_n
+    require(fits, f"--n-p {config.n_p} exceeds --search-n {config.search_n}")
+    ending = f"budget{config.budget:g}"
+    if config.policy:
+        ending += f"-policy-{Path(config.policy).stem}"
+    if config.evaluate:
+        file = Path(config.evaluate).resolve()
+        ending = f"evaluate-{file.parent.name}-{file.stem}"
+    network = f"{config.dataset}-{config.arch}-sigma{config.sigma:g}"
+    config.out = config.out or f"runs/{network}-{ending}-seed{config.seed}"
     return config
-
-
-# ---- progress, files and stages ----
-def progress(label: str, unit: str, done: int, total: int, block: int = 1) -> Iterator[int]:
-    """Count from `done` to `total` in blocks. On a terminal, one line shows rate and time left meanwhile."""
-    start, shown = time.monotonic(), 0.0
-    on_terminal = bool(label) and sys.stderr.isatty() and RANK == 0
-    for first in range(done, total, block):
-        yield first
-        now, reached = time.monotonic(), min(first + block, total)
-        if on_terminal and now - shown > 0.2:
-            shown, rate = now, (reached - done) / max(now - start, 1e-9)
-            left = timedelta(seconds=round((total - reached) / rate))
-            text = f"{label}: {reached}/{total} {unit}, {rate:.3g}/s, {left} left"
-            print(f"\r  {text:<90}", end="", file=sys.stderr, flush=True)
-    if on_terminal:
-        print("\r" + " " * 92 + "\r", end="", file=sys.stderr, flush=True)
-
-
-def digest(data: bytes) -> str:
-    """A short name for these bytes."""
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def write_whole(path: Path, value) -> str | None:
-    """Rank 0 writes a JSON, torch or packed file, whole or not at all, and returns its digest."""
-    if RANK > 0:
-        return None
-    if path.suffix == ".json":
-        value = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
-    if not isinstance(value, bytes):
-        buffer = io.BytesIO()  # torch.save to a full disk would not be an OSError
-        torch.save(value, buffer)
-        value = buffer.getbuffer()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        file.write(value)
-        os.fsync(file.fileno())
-    os.replace(part, path)
-    return digest(value)
-
-
-def hold(path: Path):
-    """A file that keeps path for this process while it is open. Raises ValueError if another has it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.with_suffix(".lock").open("a")
-    if RANK == 0 and os.name == "posix":
-        import fcntl  # Windows has none, and no lock
-
-        try:  # lockf is seen over NFS, ends with the process, and is not handed to workers
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # of other kinds where a file system has no locks
-            refuse(type(error) in (BlockingIOError, PermissionError), f"another process is at work on {path}")
-    return file
-
-
-def gather(value) -> list:
-    """Every process's value, by rank, in every process; waits for all."""
-    values = [value] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-class Stages:
-    """What the stages of a run have reached, in one file: the same command continues after the last save.
-    keys: what a stage depends on. One begun with another raises ValueError or, with restart, is forgotten."""
-
-    def __init__(self, path: Path, keys: dict[str, dict], restart: bool = False):
-        self.path, self.keys, self.passes, self.held = path, keys, 0, hold(path)
-        refuse(path.exists() and not is_zipfile(path), f"{path} is broken; give another --out")
-        self.records = read_state(path) if path.exists() else {}
-        for name, record in list(self.records.items()):
-            old, new = record["key"], keys.get(name, {})
-            differ = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-            texts = [f"{flag(key)} {old.get(key)} there, {new.get(key)} here" for key in differ[:4]]
-            where = f"{path.parent} holds another run, from '{name}' on: {'; '.join(texts)}"
-            refuse(differ and not (restart and name in keys), f"{where}; give another --out, or --restart")
-            if differ:
-                del self.records[name]
-
-    def do(self, name: str, product: Path, work: Callable, shared: bool = False) -> None:
-        """Make the file `product` of what work(state, save) returns, unless finished (or shared and there).
-        state: what `work` last gave to save, which all processes call. Dependents of another product go."""
-        record = self.records.get(name)
-        made = digest(product.read_bytes()) if product.exists() else None
-        if made and record and record["finished"] and record["product"] != made and not shared:
-            print(f"{name}: {product} was changed since it was made, and is made again", flush=True)
-            made = None
-        used = all(gather(made)) and (is_zipfile(product) if shared else record and record["finished"])
-        self.sharing = hold(product) if shared and not used else None
-        if not record or (record["finished"] and not used):
-            old = record and record["product"]
-            record = {"key": self.keys[name], "seconds": 0.0, "forward_passes": 0, "product": old}
-            self.records[name] = record = record | {"state": None, "finished": False}
-
-        def save(state, finished: bool = False) -> None:
-            nonlocal since
-            record["seconds"] += time.monotonic() - since
-            record["forward_passes"] += sum(gather(self.passes))
-            record.update(state=state, finished=finished)
-            self.passes, since = 0, time.monotonic()
-            write_whole(self.path, self.records)
-
-        self.passes, since = 0, time.monotonic()
-        if used:
-            print(f"{name}: finished earlier, used again", flush=True)
-            if record["finished"] and record["product"] == made:
-                return
-        else:
-            print(f"{name} ..." if record["state"] is None else f"{name}, continued ...", flush=True)
-            self.path.with_name("results.json").unlink(missing_ok=True)
-            write_whole(self.path, self.records)  # before the product changes
-            made = gather(write_whole(product, work(record["state"], save)))[0]
-        if record["product"] not in (None, made):
-            for other in [other for other in self.keys if set(self.keys[name]) < set(self.keys[other])]:
-                self.records.pop(other, None)
-        record["product"] = made
-        save(None, finished=True)
-
-    def watch(self, classifier: nn.Module) -> nn.Module:
-        """Count the images that pass through this network, or through copies made of it from now on."""
-
-        def count(module, inputs):
-            self.passes += len(inputs[0])
-
-        classifier.register_forward_pre_hook(count)
-        return classifier
-
-
-def open_run(config: Config, stages: dict[str, str], images: "ImageSet", test_images: "ImageSet") -> Stages:
-    """The run folder, new or one to be continued. Raises ValueError before anything is written."""
-    values = dataclasses.asdict(config)
-    values["data"], values["data (test)"] = images.fingerprint(), test_images.fingerprint()
-    for name in ("checkpoint", "start", "evaluate"):
-        values[name] = values[name] and f"file {digest(Path(values[name]).read_bytes())}"
-    groups = {f.name: f.metadata["groups"] for f in dataclasses.fields(Config)} | {"data (test)": ["test"]}
-    keys = {}
-    for stage, needed in stages.items():
-        names = [name for name in groups if set(groups[name]) & set(needed.split())]
-        keys[stage] = {name: values[name] for name in names} | {"program": 3}  # others trained otherwise
-    out = Path(config.out)
-    if out.exists() and not (out / "state.pt").exists():
-        if not out.is_dir() or any(entry.suffix not in (".part", ".lock") for entry in out.iterdir()):
-            raise ValueError(f"--out {out} is not empty and holds no run of this program; give another --out")
-    opened = Stages(out / "state.pt", keys, config.restart)
-    gather(None)  # every process has seen the folder as it was
-    write_whole(opened.path, opened.records)  # what is forgotten must not come back
-    write_whole(out / "config.json", dataclasses.asdict(config))
-    return opened
 
 
 # ---- images ----
@@ -488,17 +750,18 @@ class ImageSet:
     labels: list[int]
     classes: list[str]
     size: int
-    source: Tensor | list[str]  # pixels, uint8 (N, 3, size, size), or files that are decoded when needed
-    workers: int = 0  # processes that decode
+    source: Tensor | list[str]  # uint8 (N, 3, size, size), or files, decoded when needed
     ids: list[int] | None = None  # positions in the whole set, which name the images' noise
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: list[int]) -> "ImageSet":
+    def subset(self, indices: list[int]) -> ImageSet:
         """These images; ids keep their positions in the whole set."""
-        labels, ids = ([column[i] for i in indices] for column in (self.labels, self.ids or range(len(self))))
-        source = self.read(indices) if isinstance(self.source, Tensor) else [self.source[i] for i in indices]
+        in_memory = isinstance(self.source, Tensor)
+        source = self.read(indices) if in_memory else [self.source[i] for i in indices]
+        ids = self.ids or range(len(self))
+        labels, ids = [self.labels[i] for i in indices], [ids[i] for i in indices]
         return dataclasses.replace(self, labels=labels, ids=ids, source=source)
 
     def read(self, indices) -> Tensor:
@@ -512,16 +775,19 @@ class ImageSet:
         return self.read(indices).to(device).float().div_(255)
 
     def batches(self, batches: list) -> Iterator[Tensor]:
-        """uint8 images for each indices of many; workers decode ahead, but images too small to hand over."""
-        workers = self.workers if isinstance(self.source, list) and self.size > 64 else 0
-        # A generator of its own: starting workers must not move the one that training draws from.
-        generator = torch.Generator()
-        yield from DataLoader(batches, None, collate_fn=self.read, num_workers=workers, generator=generator)
+        """uint8 images for each indices of many; processes decode large ones ahead."""
+        large = isinstance(self.source, list) and self.size > 64
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = max(1, min(16, (os.cpu_count() or 1) // processes)) if large else 0
+        # Starting workers must not move the generator that training draws from.
+        settings = {"num_workers": workers, "generator": torch.Generator()}
+        yield from DataLoader(batches, None, collate_fn=self.read, **settings)
 
     def fingerprint(self) -> str:
         """A short name for what the set holds, from its classes, labels and a few images."""
-        some = self.read(evenly_spaced(min(16, len(self)), len(self)))
-        return digest(json.dumps([self.classes, self.labels, self.size]).encode() + some.numpy().tobytes())
+        probes = self.read(evenly_spaced(min(16, len(self)), len(self)))
+        text = json.dumps([self.classes, self.labels, self.size])
+        return digest(text.encode() + probes.numpy().tobytes())
 
 
 def evenly_spaced(count: int, total: int) -> list[int]:
@@ -530,61 +796,74 @@ def evenly_spaced(count: int, total: int) -> list[int]:
 
 
 def hold_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
-    """The held-out split: training images, and `count` evenly spaced ones that only the search sees."""
-    held = evenly_spaced(count, len(images))
-    rest = sorted(set(range(len(images))) - set(held))
-    return images.subset(rest), images.subset(held)
+    """Training images, and `count` evenly spaced ones that only the search sees."""
+    held_out = evenly_spaced(count, len(images))
+    others = sorted(set(range(len(images))) - set(held_out))
+    return images.subset(others), images.subset(held_out)
 
 
 def read_image(path: str, size: int) -> Tensor:
-    """RGB uint8 (3, size, size): shorter side resized, centre cropped, no EXIF turn. Raises ValueError."""
+    """RGB uint8 (3, size, size): shorter side resized, centre cropped, no EXIF turn."""
     try:
         with Image.open(path) as file:
-            refuse(file.mode[0] in "IF", f"mode {file.mode} has no fixed range: save it with 8 bits")
+            eight_bits = file.mode[0] not in "IF"
+            require(eight_bits, f"mode {file.mode} has no fixed range: save it with 8 bits")
             image = TF.pil_to_tensor(file.convert("RGB"))
     except Exception as error:  # decoders raise many kinds for broken files
-        raise ValueError(f"{path}: no readable image ({str(error)[:80]}); repair or remove it") from None
+        reason = str(error)[:80]
+        raise ValueError(f"{path}: no readable image ({reason}); repair or remove it") from None
     if image.shape[1:] != (size, size):
         image = TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])
     return image
 
 
 def load_images(config: Config, train: bool) -> ImageSet:
-    """The training or the test set. Raises ValueError where it is missing or too small for the options."""
+    """The training or the test set. Raises ValueError where it is missing or too small."""
     root, size = Path(config.data), config.image_size
-    folder = root / ("train" if train else "test" if (root / "test").is_dir() else "val")
+    test = "test" if (root / "test").is_dir() else "val"
+    folder = root / ("train" if train else test)
     if config.dataset == "shapes":
         images = draw_shapes(8000 if train else 1000, seed=0 if train else 1, size=size)
     elif folder.is_dir():
-        found = torchvision.datasets.ImageFolder(folder)
-        paths, labels = map(list, zip(*found.samples))
-        images = ImageSet(labels, found.classes, size, paths, config.workers)
+        tree = torchvision.datasets.ImageFolder(folder)
+        paths, labels = map(list, zip(*tree.samples))
+        images = ImageSet(labels, tree.classes, size, paths)
         if size <= 64 and len(paths) * size**2 < 2**28:  # below 1 GB: decoded once
-            images.source = images.read(progress("decoding", "images", 0, len(paths)))
+            print(f"decoding {len(paths)} images of {folder}", flush=True)
+            images.source = images.read(range(len(paths)))
     elif config.dataset == "cifar10":
-        try:
-            download = not Path(root, "cifar-10-batches-py").is_dir()
-            data = torchvision.datasets.CIFAR10(root, train, download=download)
-        except Exception:  # network and file errors of many kinds, one remedy
-            remedy = "unpack https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz there, or an image tree"
-            raise ValueError(f"no CIFAR-10 in --data {root}, nor could it be downloaded; {remedy}") from None
-        labels, order = torch.tensor(data.targets).sort(stable=True)
-        pixels = TF.resize(torch.from_numpy(data.data)[order].permute(0, 3, 1, 2), [size, size])
-        images = ImageSet(labels.tolist(), data.classes, size, pixels.contiguous())
+        images = read_cifar10(root, train, size)
     else:
-        raise ValueError(f"--data {root}: expected an image tree, {root}/train/<class>/*, and test/ or val/")
-    refuse(len(images.classes) < 2, f"--data {root}: at least two classes are needed, there is one folder")
+        raise ValueError(f"--data {root}: no image tree, train/<class>/*, and test/ or val/")
+    several = len(images.classes) > 1
+    require(several, f"--data {root}: at least two classes are needed")
     needed = config.search_images + config.batch_size if train else config.images
     asked = "--search-images and a --batch-size need" if train else "--images"
-    refuse(needed > len(images), f"{asked} {needed}: there are only {len(images)} images in this set")
+    enough = needed <= len(images)
+    require(enough, f"{asked} {needed}: there are only {len(images)} images in this set")
     return images
+
+
+def read_cifar10(root: Path, train: bool, size: int) -> ImageSet:
+    """CIFAR-10 as published, downloaded if it is not there."""
+    try:
+        download = not Path(root, "cifar-10-batches-py").is_dir()
+        data = torchvision.datasets.CIFAR10(root, train, download=download)
+    except Exception:  # network and file errors of many kinds, one remedy
+        source = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+        message = f"no CIFAR-10 in --data {root}, no download; unpack {source} there"
+        raise ValueError(message) from None
+    labels, order = torch.tensor(data.targets).sort(stable=True)
+    pixels = torch.from_numpy(data.data)[order].permute(0, 3, 1, 2)
+    pixels = TF.resize(pixels, [size, size]).contiguous()
+    return ImageSet(labels.tolist(), data.classes, size, pixels)
 
 
 SHAPES = {  # what is inside each shape, by coordinates u, v and b = max(|u|, |v|) in [-1, 1]
     "bars across": lambda u, v, b: (b < 1) & ((7 * v).sin() > 0),
     "bars upright": lambda u, v, b: (b < 1) & ((7 * u).sin() > 0),
     "checkers": lambda u, v, b: (b < 1) & (((7 * u).sin() > 0) ^ ((7 * v).sin() > 0)),
-    "cross": lambda u, v, b: (u.hypot(v) < 1.1) & (torch.minimum((u + v).abs(), (u - v).abs()) < 0.42),
+    "cross": lambda u, v, b: (u.hypot(v) < 1.1) & ((u.abs() - v.abs()).abs() < 0.42),
     "disk": lambda u, v, b: u.hypot(v) < 1,
     "frame": lambda u, v, b: (b < 0.95) & (b >= 0.55),
     "plus": lambda u, v, b: (b < 1) & (torch.minimum(u.abs(), v.abs()) < 0.3),
@@ -595,14 +874,15 @@ SHAPES = {  # what is inside each shape, by coordinates u, v and b = max(|u|, |v
 
 
 def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
-    """Ten classes, each shape of its own place, size, tilt, colour and contrast on a mottled ground."""
+    """Ten classes, each shape of its own place, size, tilt, colour, on a mottled ground."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(*shape, generator=generator)
 
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
-    labels, pixels = [i * len(SHAPES) // count for i in range(count)], []
+    labels = [i * len(SHAPES) // count for i in range(count)]
+    pixels = []
     for label, inside in enumerate(SHAPES.values()):
         k = labels.count(label)
         half, tilt = uniform(0.4, 0.75, k, 1, 1), uniform(-0.3, 0.3, k, 1, 1)
@@ -610,247 +890,100 @@ def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
         u = (dx * tilt.cos() + dy * tilt.sin()) / half
         v = (dy * tilt.cos() - dx * tilt.sin()) / half
         mask = inside(u, v, torch.maximum(u.abs(), v.abs()))[:, None]
-        mottle = F.interpolate(uniform(-0.15, 0.15, k, 3, 5, 5), size, mode="bilinear", align_corners=True)
+        mottle = uniform(-0.15, 0.15, k, 3, 5, 5)
+        mottle = F.interpolate(mottle, size, mode="bilinear", align_corners=True)
         sign = uniform(-1, 1, k, 3, 1, 1).sign()
-        image = uniform(0.25, 0.75, k, 3, 1, 1) + mottle + uniform(0.15, 0.45, k, 1, 1, 1) * sign * mask
+        ground = uniform(0.25, 0.75, k, 3, 1, 1) + mottle
+        image = ground + uniform(0.15, 0.45, k, 1, 1, 1) * sign * mask
         pixels.append(image.clamp(0, 1).mul(255).round().to(torch.uint8))
     return ImageSet(labels, list(SHAPES), size, torch.cat(pixels))
 
 
-# ---- the run ----
-def run(config: Config) -> None:
-    """The method in five steps. An interrupted one continues, a finished one is used again."""
-    images, test_images = load_images(config, True), load_images(config, False)
-    differ = sorted(set(images.classes) ^ set(test_images.classes))
-    refuse(differ, f"--data {config.data}: classes {differ[:3]} are only in training or only in test")
-    train_images, search_images = hold_out(images, config.search_images)
-    base = build_base(config, len(images.classes))
-    table = models.quantize_model(copy.deepcopy(base), config.image_size)
-    environment = BitWidthEnvironment(table, config.budget)
-    stages, out = open_run(config, STAGES, images, test_images), Path(config.out)
-    counts = f"{len(train_images)} training, {config.search_images} search and {config.images} test images"
-    print(f"{config.dataset}: {counts}; {config.arch}, sigma {config.sigma:g}; run folder {out}")
-    stages.watch(base)
-    start = stages.watch(build_base(config, len(images.classes), config.start)) if config.start else base
-    refuse({*start.state_dict()} != {*base.state_dict()}, f"--start {config.start} has other layers")
-
-    # 1: the float base classifier f
-    base_file = Path(config.checkpoint or "")
-    if config.checkpoint is None:  # one file for all runs of equal base options
-        key = digest(json.dumps(stages.keys["train the base"]).encode())
-        base_file = Path("runs/bases", f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-{key}.pt")
-        stages.do("train the base", base_file, partial(train_base, base, train_images, config), shared=True)
-        base.load_state_dict(read_state(base_file))
-    # 2: FullRobustCertify(f) on the search images
-    file = out / "search_cache.pt"
-    work = partial(certify_images, base, search_images, config, config.search_n, "search", file)
-    stages.do("certify the base, search images", file, work)
-    cache = read_cache(file)
-    # 3: Algorithm 1
-    log, rest = out / "search.jsonl", (train_images, search_images, config)
-    evaluate, again = policy_evaluator(start, *rest), policy_evaluator(start, *rest, final=True)
-    stages.do("search", log, partial(search_policies, environment, evaluate, again, cache, config, log))
-    records = [json.loads(line) for line in log.read_text().splitlines()]
-    policy = best_policy(records)
-    write_whole(out / "policy.json", policy)
-    # 4: the best policy is fine-tuned and packed
-    file = out / "model.arq"
-    best = policy_evaluator(base, *rest).quantize(policy)
-    stages.do("fine-tune", file, partial(finetune_best, best, base, table, train_images, config))
-    # 5: what was packed is certified from scratch; the test images are first seen here
-    network = stages.watch(integers(models.load_model(file)[0], config))
-    base_rows = certified("certify the base, test images", base, test_images, config, stages, "base_")
-    rows = certified("certify ARQ, test images", network, test_images, config, stages)
-
-    results = summarize(rows, network, table, policy, config, file)
-    results["search_acr"] = [record["acr"] for record in records if record["policy"] == policy][-1]
-    float_policy = models.uniform_policy(table, 32, 32)
-    results["base"] = summarize(base_rows, base, table, float_policy, config, base_file)
-    results["base"]["search_acr"] = certify.average_certified_radius(cache.certificates)
-    results["acr_difference"] = dict(zip(("mean", "standard_error"), certify.acr_difference(rows, base_rows)))
-    report(results, stages)
+# ---- processes of torchrun: rank 0 writes and prints ----
+WORLD = int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
+RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
+MINE = slice(RANK, None, WORLD)  # this process's part of a batch
 
 
-def evaluate_saved(config: Config) -> None:
-    """--evaluate: certify a saved network, quantized (model.arq) or a float checkpoint, on test images."""
-    file, images = config.evaluate, load_images(config, False)
-    if models.read_packed(file):
-        classifier, table, saved = models.load_model(file)
-        policy = saved["policy"]
-        refuse(saved["classes"] != images.classes, f"--evaluate {file} has other classes; give its --data")
-    else:
-        classifier = build_base(config, len(images.classes), file)
-        table = models.quantize_model(classifier, config.image_size)
-        policy = models.uniform_policy(table, 32, 32)
-    stages = open_run(config, {"certify": "evaluate test"}, images, images)
-    network = stages.watch(integers(classifier, config))
-    rows = certified("certify", network, images, config, stages)
-    report(summarize(rows, network, table, policy, config, Path(file)), stages)
+def start_processes(device: str) -> None:
+    """nccl on GPUs, one each, and gloo on CPUs."""
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    backend = "nccl" if device == "cuda" else "gloo"
+    distributed.init_process_group(backend, timeout=timedelta(days=1))
+    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
 
 
-def build_base(config: Config, num_classes: int, file=None) -> Classifier:
-    """A float network: of a file or of --checkpoint, else to be trained; in convolutions' fastest layout."""
-    torch.manual_seed(config.seed)
-    file, of = file or config.checkpoint, (config.arch, num_classes, config.mean, config.std)
-    base = models.load_base_checkpoint(file, *of) if file else models.build_classifier(*of)
-    if file is not None:
-        print(f"{file}: normalised by {base.mean.flatten()}, {base.std.flatten()}")
-    return base.to(config.device, memory_format=torch.channels_last).eval()
+def gather(value) -> list:
+    """Every process's value, by rank, in every process; waits for all."""
+    values = [value] * WORLD
+    if WORLD > 1:
+        distributed.all_gather_object(values, value)
+    return values
 
 
-def integers(classifier: Classifier, config: Config) -> nn.Module:
-    """The network as it is evaluated. On a GPU its sums are checked at the batch that will run."""
-    batch = 2 if config.device == "cpu" else config.eval_batch
-    return models.integer_network(classifier.to(config.device, memory_format=torch.channels_last), batch)
+def by_rank_0(function: Callable) -> Callable:
+    """The function, answered in all processes by rank 0."""
+    return lambda *arguments: gather(function(*arguments))[0]
 
 
-# Stages: each takes the state that an interrupted run saved last, or None, and save(state).
-def train_base(base: Classifier, images: ImageSet, config: Config, state, save) -> dict:
-    if config.pretrained and RANK == 0 and state is None:  # training hands rank 0's weights to all
-        models.load_pretrained(base, config.arch)
-    steps = config.epochs * (len(images) // config.batch_size)
-    lr = FINETUNE_LR if config.pretrained else BASE_LR
-    train(base, images, config, steps, lr, "base", BASE_DECAY, state, save)
-    return base.state_dict()
+def share_gradients(classifier: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(classifier) if WORLD > 1 else classifier
 
 
-def certify_images(network, images: ImageSet, config: Config, n: int, purpose: str, file: Path, state, save):
-    """CERTIFY in blocks, each of them saved: in the end a table or, with what was predicted, a cache (.pt)"""
-    g = Smooth(network, len(images.classes), config.sigma, config.seed, config.eval_batch, purpose)
-    backend = getattr(network, "backend", "float")
-    cached = file.suffix == ".pt"
-
-    def certify_block(part: slice) -> tuple:
-        x = images.batch(range(len(images))[part], config.device)
-        of = x, images.labels[part], images.ids[part], config.n0, n, config.alpha
-        rows, predictions, key = g.certify_and_cache(*of, skip_wrong=cached)
-        rows = [row._replace(time="") for row in rows] if cached else rows  # made again, a cache is the same
-        return [tuple(row) for row in rows], predictions if cached else None, key
-
-    blocks, begun = state or ([], backend)
-    refuse(begun != backend, f"{file} was begun on {begun}, here {backend} is best; give a new --out")
-    done, size = sum(len(rows) for rows, *_ in blocks), max(1, (10_000 if cached else 5_000) // n)
-    for first in progress("certifying", "images", done, len(images), size * WORLD):
-        start = first + RANK * size  # blocks do not depend on the number of processes
-        results = gather(certify_block(slice(start, start + size)) if start < len(images) else None)
-        blocks += [result for result in results if result is not None]
-        save((blocks, backend))
-    text = io.StringIO()
-    certify.write_certificates(text, [row for rows, *_ in blocks for row in rows])
-    return blocks if cached else text.getvalue().encode()
+def share_buffers(classifier: nn.Module) -> None:
+    """Rank 0's BatchNorm statistics in all processes, where each had its own."""
+    for buffer in classifier.buffers() if WORLD > 1 else ():
+        distributed.broadcast(buffer, 0)
 
 
-def read_cache(file: Path) -> ReplayCache:
-    blocks = read_state(file)
-    rows = [Certificate(*row) for rows, *_ in blocks for row in rows]
-    useless = not any(row.radius for row in rows)
-    refuse(useless, "the base certifies no search image; train it with noise, longer, or lower --sigma")
-    return ReplayCache(rows, torch.cat([predictions for _, predictions, _ in blocks]), blocks[0][2])
+class SharedSmooth(Smooth):
+    """The same certificates, however many processes: each samples some of the images."""
+
+    def predictions(self, images, ids, sizes, key):
+        # Images of wrong class get no samples: every process takes as many of the others.
+        turns = (sizes > 0).cumsum(0) % WORLD
+        table = super().predictions(images, ids, torch.where(turns == RANK, sizes, 0), key)
+        missing = int(sizes.max()) - table.shape[1]
+        return sum(gather(F.pad(table, (0, missing))))  # zeros where others sampled
 
 
-def policy_evaluator(start, train_images, search_images, config: Config, final=False) -> PolicyEvaluator:
-    """What Algorithm 1 does with a policy: from a calibrated copy of a network to radii of --reward.
-    final: to CERTIFY with --search-n samples of fresh noise, after twice the training."""
-    classifier = copy.deepcopy(start)  # with the hook that counts passes
-    models.quantize_model(classifier, config.image_size)
-    calibrate(classifier, search_images, config)
-    images = search_images.batch(range(len(search_images)), config.device)
-
-    def certificate(quantized: nn.Module, cache: ReplayCache) -> list[float]:
-        # Images of wrong class cost a reward nothing: every process gets as many of the others.
-        rows = cache.certificates
-        mine = sorted(range(len(rows)), key=lambda i: rows[i].selected != rows[i].label)[RANK::WORLD]
-        part = ReplayCache([rows[i] for i in mine], cache.predictions[mine], cache.key)
-        network, classes = integers(quantized, config), len(search_images.classes)
-        g = Smooth(network, classes, config.sigma, config.seed, config.eval_batch, "finalists")
-        if final:
-            of = images[mine], [rows[i].label for i in mine], [rows[i].idx for i in mine]
-            found = g.certify(*of, config.n0, config.search_n, config.alpha)
-        elif config.reward == "estimate":
-            return sum(gather(g.estimate_radii(images[mine], part, config.n_p).tolist()), [])
-        else:
-            found = g.certify_incremental(images[mine], part, config.n_p, config.alpha_zeta, config.gamma)
-        return sum(gather([row.radius * row.correct for row in found]), [])
-
-    brief = {"steps": config.finetune_steps * (1 + final), "lr": EPISODE_LR, "purpose": "episode"}
-    finetune = partial(train, images=train_images, config=config, **brief)
-    return PolicyEvaluator(classifier, finetune, certificate)
-
-
-def calibrate(classifier: Classifier, images: ImageSet, config: Config) -> None:
-    """Step sizes and signs from up to 256 noisy images, spread over the given ones."""
-    x = images.batch(evenly_spaced(min(256, len(images)), len(images)), config.device)
-    generator = torch.Generator(x.device).manual_seed(config.seed)
-    noise = torch.randn(x.shape, generator=generator, device=x.device)
-    models.calibrate(classifier, (x + config.sigma * noise).split(50))  # whatever --eval-batch is
-
-
-def search_policies(environment, evaluate, again, cache, config, log, state, save, kind=DDPG) -> bytes:
-    """Algorithm 1 with a line per episode, printed and in `log`. Then, since the best of many noisy rewards
-    is partly luck, the best policies are evaluated by again(policy, cache), a line each. kind: of agent."""
-    warmup = min(20, max(1, config.episodes // 3))
-    settings = DDPGConfig(episodes=config.episodes, warmup_episodes=warmup)
-    agent = kind(environment.state_size, config.seed, settings)
-    agent.act = lambda state, act=agent.act: gather(act(state))[0]  # all processes take rank 0's actions
-    records = state["records"] if state else []
-    if records:
-        agent.load_state_dict(state["agent"])
-    last = time.monotonic()
-
-    def keep(record: dict) -> None:
-        nonlocal last
-        record["seconds"], last = round(time.monotonic() - last, 3), time.monotonic()
-        records.append(record)
-        lines = (json.dumps(record, allow_nan=False) + "\n" for record in records)
-        write_whole(log, "".join(lines).encode())
-        save({"agent": agent.state_dict(), "records": records})
-
-    for record in search(lambda: cache, environment, agent, evaluate):
-        record["bitops_ratio"] = models.bitops_ratio(environment.table, record["policy"])
-        record["size_bytes"] = models.size_bytes(environment.table, record["policy"])
-        keep(record)
-        done, pace = len(records), statistics.median(record["seconds"] for record in records)
-        left = timedelta(seconds=round(pace * (config.episodes - done)))
-        best = shown(max(record["acr"] for record in records))
-        gained = f"ACR {shown(record['acr'])}  reward {record['reward']:+.4f}  best ACR {best}"
-        cost = f"BitOPs {100 * record['bitops_ratio']:.3f} %"
-        print(f"  episode {done:>3}/{config.episodes}  {gained}  {cost}  {left} left", flush=True)
-    by_policy = {str(r["policy"]): r for r in sorted(records[: config.episodes], key=lambda r: r["acr"])}
-    ranked = sorted(by_policy.values(), key=lambda r: r["acr"], reverse=True)  # each policy once
-    for record in ranked[len(records) - config.episodes : config.finalists]:
-        keep(record | {"finalist": True, "acr": again(record["policy"], cache)})
-        print(f"  episode {record['episode'] + 1} again: ACR {shown(records[-1]['acr'])}", flush=True)
-    return log.read_bytes()
-
-
-def finetune_best(classifier, base, table, images: ImageSet, config: Config, state, save) -> bytes:
-    steps = int(config.finetune_epochs * (len(images) // config.batch_size))
-    loss = partial(noise_augmentation, teacher=base, share=config.distill)
-    train(classifier, images, config, steps, FINETUNE_LR, "fine-tune", state=state, save=save, loss=loss)
-    description = {name: getattr(config, name) for name in SAVED_OPTIONS}
-    return models.pack_model(classifier, table, {**description, "classes": images.classes})
-
-
-def certified(stage: str, network, images: ImageSet, config: Config, stages: Stages, prefix="") -> list:
-    """The certificates of evenly spaced test images."""
-    file = Path(config.out) / f"{prefix}certificates.tsv"
-    images = images.subset(evenly_spaced(config.images, len(images)))
-    purpose = "base certificate" if prefix else "certificate"
-    stages.do(stage, file, partial(certify_images, network, images, config, config.n, purpose, file))
-    return certify.read_certificates(file)
+def smooth(network: nn.Module, classes: list[str], config: Config, purpose: str) -> Smooth:
+    """The smoothed classifier of a run. purpose names its noise."""
+    settings = config.sigma, config.seed, config.eval_batch, purpose
+    return SharedSmooth(network, len(classes), *settings)
 
 
 # ---- reports ----
-def summarize(rows, network: nn.Module, table, policy: Policy, config: Config, file: Path) -> dict:
+class Progress:
+    """One line on a terminal: how far, how fast, how long to go. Silent without a label."""
+
+    def __init__(self, label: str, unit: str, total: int, done: int = 0):
+        self.label, self.unit, self.total, self.first = label, unit, total, done
+        self.began = self.last = time.monotonic()
+        self.visible = bool(label) and sys.stderr.isatty() and RANK == 0
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if self.visible and (done == self.total or now - self.last > 0.2):
+            self.last = now
+            rate = (done - self.first) / (now - self.began)
+            left = timedelta(seconds=round((self.total - done) / rate))
+            text = f"{self.label}: {done}/{self.total} {self.unit}, {rate:.3g}/s, {left} left"
+            text = "" if done == self.total else text
+            print(f"\r  {text:<90}\r", end="", file=sys.stderr, flush=True)
+
+
+def summarize(rows, network, table, policy: Policy, config: Config, file: Path) -> dict:
     """What results.json says of a network and its file; one-sided radii unless named."""
     accuracy, acr = certify.certified_accuracy, certify.average_certified_radius
-    both = certify.two_sided(rows)
+    two_sided = certify.two_sided(rows)
     return {
         "accuracy": accuracy(rows, 0),
-        "certified_accuracy": {str(radius): accuracy(rows, radius) for radius in (0.0, 0.25, 0.5, 0.75)},
+        "certified_accuracy": {r: accuracy(rows, float(r)) for r in ("0.25", "0.5", "0.75")},
         "acr": acr(rows),
         "acr_standard_error": certify.acr_difference(rows)[1],
-        "two_sided": {"acr": acr(both), "accuracy": accuracy(both, 0)},
+        "two_sided": {"acr": acr(two_sided), "accuracy": accuracy(two_sided, 0)},
         "abstained": sum(row.predict == certify.ABSTAIN for row in rows) / len(rows),
         "bitops_ratio": models.bitops_ratio(table, policy),
         "size_bytes": models.size_bytes(table, policy),
@@ -858,66 +991,62 @@ def summarize(rows, network: nn.Module, table, policy: Policy, config: Config, f
         "backend": getattr(network, "backend", "float"),
         "network": digest(file.read_bytes()),
         "images": len(rows),
-        "expected_false_certificates": config.alpha * len(rows),
         **{name: getattr(config, name) for name in ("sigma", "n0", "n", "alpha", "device")},
     }
 
 
-def shown(value) -> str:
-    """Fractions and radii to four decimals, rounded towards zero: none exceeds what is certified."""
-    if isinstance(value, dict):
-        return " ".join(map(shown, value.values()))
+def cut(value) -> str:
+    """Fractions to four decimals, rounded towards zero: none exceeds what is certified."""
     if isinstance(value, float):
         return f"{int(round(value * 1e4, 9)) / 1e4:.4f}"  # 57 of 100 are 5699.999999999999
-    return "-" if value is None else str(value)
+    return "none" if value is None else str(value)
 
 
-def report(results: dict, stages: Stages) -> None:
-    """Write results.json and print it, float base and ARQ side by side."""
-    times = {name: {k: r[k] for k in ("seconds", "forward_passes")} for name, r in stages.records.items()}
-    write_whole(stages.path.with_name("results.json"), {**results, "stages": times})
-    columns = {"float base": results["base"], "ARQ": results} if "base" in results else {"network": results}
-    print("\n{images} test images, sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} each".format(**results))
-    print(f"{'':<38}" + "".join(f"{name:>32}" for name in columns))
-    for name in list(results)[: list(results).index("backend") + 1]:
-        parts = results[name] if isinstance(results[name], dict) else ()
-        label = " ".join([name.replace("_", " "), *parts])
-        print(f"{label:<38}" + "".join(f"{shown(column[name]):>32}" for column in columns.values()))
+REPORTED = "accuracy", "acr", "abstained", "bitops_ratio", "file_bytes", "backend"
+
+
+def report(results: dict, folder: RunFolder) -> None:
+    """Write results.json and print it, the float base and ARQ side by side."""
+    write_whole(folder.path / "results.json", {**results, "seconds": folder.seconds})
+    columns = {"network": results}
+    if "base" in results:
+        columns = {"float base": results["base"], "ARQ": results}
+    setting = "sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} per image".format(**results)
+    print(f"\n{results['images']} test images, {setting}")
+    print(f"{'':<20}" + "".join(f"{name:>14}" for name in columns))
+    for name in REPORTED:
+        cells = [cut(column[name]) for column in columns.values()]
+        print(f"{name.replace('_', ' '):<20}" + "".join(f"{cell:>14}" for cell in cells))
     if "acr_difference" in results:
         mean, error = results["acr_difference"].values()
-        print(f"ACR less the base's, on the same images: {mean:+.4f}, standard error {shown(error)}")
-    print(f"written to {stages.path.parent}/", flush=True)
+        print(f"ACR less the base's, same images: {mean:+.4f}, standard error {cut(error)}")
+    print(f"written to {folder.path}/", flush=True)
 
 
 def main(argv=None) -> int:
-    # glibc returns freed blocks to the system; faulting them in again costs 20 % of an evaluation.
+    # glibc returns freed blocks to the system; faulting them in again costs 20 % of the time.
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(-3, 2**30)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
-    code, again = 2, "the same command continues"
+    code, remedy = 2, "the same command continues"
     try:
         config = parse_config(argv)
-        if WORLD > 1:  # nccl on GPUs, one each, and gloo on CPUs
-            if config.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if config.device == "cuda" else "gloo", timeout=timedelta(days=1))
-            sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        if WORLD > 1:
+            start_processes(config.device)
         evaluate_saved(config) if config.evaluate else run(config)
         return 0
     except KeyboardInterrupt:
-        code, message = 130, f"interrupted; {again} the run"
-    except ValueError as error:  # ours, and the modules' own refusals; a worker's has its traceback in front
-        message = f"error: {str(error).strip().splitlines()[-1].removeprefix('ValueError: ')}"
+        code, message = 130, f"interrupted; {remedy} the run"
+    except ValueError as error:  # ours; a worker's has its traceback in front
+        line = str(error).strip().splitlines()[-1]
+        message = f"error: {line.removeprefix('ValueError: ')}"
     except OSError as error:  # no permission, no space: whatever was finished is on disk
-        where = error.filename or (config.out if error.errno else "--data or --pretrained")
-        message = f"error: {where}: {error.strerror or error}; {again}"
-    except RuntimeError as error:  # what comes from outside; other kinds are faults of this program
-        known = "DataLoader worker", "by peer", "Broken pipe", "NCCL", "device ordinal", "memory", "hash"
-        if not any(text in str(error) for text in known):
-            raise
-        remedy = "; give a smaller --eval-batch or --batch-size" if "memory" in str(error) else ""
-        message = f"error: {str(error).splitlines()[0]}{remedy}; {again}"
-    time.sleep(3 * (RANK > 0))  # only rank 0 prints the error that all have; then torchrun ends the others
+        where = error.filename or config.out
+        message = f"error: {where}: {error.strerror or error}; {remedy}"
+    except torch.OutOfMemoryError:
+        message = f"error: memory; give a smaller --eval-batch or --batch-size; {remedy}"
+    if RANK > 0:
+        time.sleep(3)  # rank 0 prints the error that all have, and torchrun ends the others
     print(f"arq.py: {message}", file=sys.stderr, flush=True)
     return code
 

@@ -50,6 +50,11 @@ def refuse(wrong, message: str) -> None:
         raise ValueError(message)
 
 
+def require(condition, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
 # ---- networks ----
 CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean, standard deviation
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -446,14 +451,18 @@ def quant_layers(classifier: nn.Module) -> dict[str, QuantLayer | IntegerLayer]:
     return {name: m for name, m in body.named_modules() if isinstance(m, (QuantLayer, IntegerLayer))}
 
 
-def set_policy(classifier: nn.Module, policy: Policy) -> None:
-    """Set every layer's bit-widths. Raises ValueError unless the policy names exactly the layers."""
-    layers = quant_layers(classifier)
-    differ = sorted(layers.keys() ^ policy.keys())
+def check_policy(names, policy: Policy) -> None:
+    differ = sorted(set(names) ^ policy.keys())
     refuse(differ, f"the policy's layers are others: {differ[:3]} ...")
     for name, (w_bits, a_bits) in policy.items():
         possible = {w_bits, a_bits} <= {*range(MIN_BITS, MAX_BITS + 1)} or w_bits == a_bits == FLOAT_BITS
         refuse(not possible, f"layer {name}: bits are 2 to 8, or both 32, not {w_bits} and {a_bits}")
+
+
+def set_policy(classifier: nn.Module, policy: Policy) -> None:
+    """Set every layer's bit-widths. Raises ValueError unless the policy names exactly the layers."""
+    layers = quant_layers(classifier)
+    check_policy(layers, policy)
     for name, bits in policy.items():
         layers[name].set_bits(*bits)
 
