@@ -4,9 +4,9 @@
 
 Certifies CIFAR-10 images with the float network and a 4-bit copy, and attacks right
 certificates within 0.999 of the radius R, where the smoothed class must not change, and within
-2 R, where nothing is promised (SmoothAdv, Salman et al., NeurIPS 2019). Broken: PREDICT, on noise
-of its own, returns another class. Either may err with probability alpha per image. The integer
-network is judged; gradients are those of its simulation. Prints a table and writes
+2 R, where nothing is promised (SmoothAdv, Salman et al., NeurIPS 2019). Broken: PREDICT, on
+noise of its own, returns another class. Either may err with probability alpha per image. The
+integer network is judged; gradients are those of its simulation. Prints a table and writes
 results/attack.json: eight minutes for 40 images on a CPU.
 """
 
