@@ -1,7 +1,7 @@
 """Which networks can be quantized, and do their integers compute what training simulates?
 
-    python benchmarks/networks.py                    # random weights; five minutes, two cores
-    python benchmarks/networks.py --model MODEL.arq --data data  # a trained one, on noisy images
+    python benchmarks/networks.py         # random weights; five minutes, two cores
+    python benchmarks/networks.py --model MODEL.arq --data data  # a trained one
 
 Networks of torchvision and two pre-activation ones get 4 bits (first and last layer 8) and run
 16 random images as simulation and in integers. Differences are those of the logits, over their
@@ -74,9 +74,8 @@ def build(name: str) -> tuple[nn.Module, int]:
     """The network, of random weights, and the size of its images."""
     if name in PRE_ACTIVATION:
         return pre_activation(*PRE_ACTIVATION[name]), 32
-    options = {}
-    if name in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": True}
+    has_branches = name in ("googlenet", "inception_v3")
+    options = {"aux_logits": False, "init_weights": True} if has_branches else {}
     network = torchvision.models.get_model(name, weights=None, **options)
     return network, IMAGE_SIZES.get(name, 64)
 
@@ -98,8 +97,8 @@ def compare_arithmetic(name: str) -> dict:
         spread = float(simulated.std(0).mean()) or 1.0
         difference = (integers(x) - simulated).abs().amax(1) / spread
         row |= {"layers": len(table), "macs": sum(layer.macs for layer in table)}
-        row |= {"backend": integers.backend, "largest": float(difference.max())}
-        row |= {"median": float(difference.median())}
+        row |= {"backend": integers.backend, "largest": f"{difference.max():.1e}"}
+        row |= {"median": f"{difference.median():.1e}"}
     except (ValueError, RuntimeError) as error:
         row["refused"] = str(error)
     return row
@@ -122,13 +121,6 @@ def compare_backends(file: Path, data: str, count: int = 2500) -> dict:
     return {"network": file.parent.name, "backend": integers.backend, **counts}
 
 
-def line(row: dict) -> str:
-    if "refused" in row:
-        return f"| {row['network']} | refused: {row['refused']} |"
-    cost = "{network} | {image_size} | {layers} | {macs:,}".format(**row)
-    return f"| {cost} | " + "{backend} | {largest:.1e} | {median:.1e} |".format(**row)
-
-
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     names = [*TORCHVISION, *PRE_ACTIVATION]
@@ -145,12 +137,11 @@ def main(argv=None) -> None:
         print(results["trained"])
     else:
         results["random weights"] = []
-        print(
-            "| network | image size | layers | MACs | backend | largest | median difference |"
-        )
+        print("network, image size, layers, MACs, backend, largest and median difference")
         for name in options.only:
-            results["random weights"].append(compare_arithmetic(name))
-            print(line(results["random weights"][-1]), flush=True)
+            row = compare_arithmetic(name)
+            results["random weights"].append(row)
+            print(*row.values(), flush=True)
     arq.write_whole(path, results)
 
 

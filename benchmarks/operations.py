@@ -1,0 +1,183 @@
+"""What do interruptions, a second process and a larger data set cost a run?
+
+    python benchmarks/operations.py kills               # half an hour on a core
+    python benchmarks/operations.py processes           # five minutes on two idle cores
+    python benchmarks/operations.py memory --data data  # ten minutes; image tree of CIFAR-10
+
+kills: a small run through every stage, ended by SIGKILL at 20 seeded random moments and
+continued by the same command, leaves the files of a run that nothing interrupted. processes:
+images certified per second by two processes over those by one, and whether certificates are
+equal. memory: peak resident memory with 5,000 and with 50,000 image files. Each writes its part
+of results/operations.json.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import arq
+import certify
+
+ROOT = Path(__file__).resolve().parents[1]
+ARQ = [sys.executable, str(ROOT / "arq.py")]
+MODEL = ROOT / "results" / "shapes-resnet8-sigma0.25" / "model.arq"
+SMALL_RUN = (
+    "--image-size 16 --epochs 4 --episodes 12 --episode-batches 4 --finetune-epochs 2.5 "
+    "--images 40 --n 400 --search-images 40 --search-n 400 --n-p 100 --device cpu"
+)
+TINY_RUN = (
+    "--dataset folder --arch resnet8 --epochs 1 --episodes 2 --episode-batches 2 --images 10 "
+    "--finetune-epochs 0.1 --n 100 --search-images 20 --search-n 100 --n-p 50 --device cpu"
+)
+
+
+# ---- killed again and again ----
+def without_times(value):
+    """The value with tensors as lists, and no time or seconds of any record."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [without_times(part) for part in value]
+    if isinstance(value, dict):
+        timed = "seconds", "time"
+        return {key: without_times(part) for key, part in value.items() if key not in timed}
+    return value
+
+
+def contents(folder: Path) -> dict:
+    """What a run left, by file."""
+    readers = {
+        ".arq": Path.read_bytes,
+        ".pt": arq.read_state,
+        ".json": lambda path: json.loads(path.read_text()),
+        ".jsonl": lambda path: [json.loads(line) for line in path.read_text().splitlines()],
+        ".tsv": lambda path: [row._asdict() for row in certify.read_certificates(path)],
+    }
+    files = [path for path in folder.iterdir() if path.suffix in readers]
+    return {path.name: without_times(readers[path.suffix](path)) for path in files}
+
+
+def run_for(place: Path, words: str, seconds: float | None) -> str | None:
+    """Start or continue place/run and kill it after so many seconds. The last line that it had
+    printed; None where the run ended by itself."""
+    place.mkdir(exist_ok=True)
+    command = [*ARQ, *words.split(), "--out", "run"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=place, **pipes)
+    try:
+        printed, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        printed, _ = process.communicate()
+        return (printed.strip().splitlines() or ["before the first line"])[-1]
+    assert process.returncode == 0, printed
+    return None
+
+
+def kills(count: int, words: str) -> dict:
+    """Kills at moments spread over the time of a whole run; one that ends first begins anew."""
+    moments, log, runs, differing = random.Random(0), [], 0, set()
+    with tempfile.TemporaryDirectory() as place:
+        whole, broken = Path(place, "whole"), Path(place, "broken")
+        began = time.monotonic()
+        run_for(whole, words, None)
+        seconds = time.monotonic() - began
+        expected = contents(whole / "run")
+        while True:
+            wait = moments.uniform(0, 0.6) * seconds if len(log) < count else None
+            last_line = run_for(broken, words, wait)
+            if last_line is not None:
+                log.append({"after_seconds": round(wait, 2), "in": last_line})
+                print(f"  kill {len(log)}: {log[-1]}", flush=True)
+                continue
+            runs += 1
+            found = contents(broken / "run")
+            files = expected.keys() | found.keys()
+            differing |= {name for name in files if expected.get(name) != found.get(name)}
+            if len(log) == count:
+                break
+            shutil.rmtree(broken)
+    compared = {"runs": runs, "files": sorted(expected), "differing": sorted(differing)}
+    return {"kills": log, **compared, "seconds_of_the_whole_run": round(seconds, 1)}
+
+
+# ---- several processes, many images ----
+def processes(rounds: int) -> dict:
+    """Two single-threaded processes against one, in turn, `rounds` times."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    starts = {1: ARQ, 2: [*torchrun, "--nproc-per-node=2", "--", ARQ[1]]}
+    words = ["--evaluate", str(MODEL), "--images", "60", "--n", "1000", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    per_second, certificates = {1: [], 2: []}, {}
+    for _ in range(rounds):
+        for number, start in starts.items():
+            with tempfile.TemporaryDirectory() as place:
+                command = [*start, *words, "--out", f"{place}/run"]
+                subprocess.run(command, check=True, env=environment, capture_output=True)
+                results = json.loads(Path(place, "run", "results.json").read_text())
+                rows = certify.read_certificates(f"{place}/run/certificates.tsv")
+            per_second[number].append(60 / sum(results["seconds"].values()))
+            certificates[number] = [(row.idx, row.n_a, row.radius) for row in rows]
+    ratios = [two / one for one, two in zip(per_second[1], per_second[2])]
+    equal = certificates[1] == certificates[2]
+    return {"ratios": ratios, "median": statistics.median(ratios), "equal_certificates": equal}
+
+
+def memory(data: str) -> dict:
+    """Peak resident memory of a tiny run through every stage, by its number of image files."""
+    peaks = {}
+    for count in (5_000, 50_000):
+        with tempfile.TemporaryDirectory() as place:
+            for folder in sorted(Path(data).glob("t*/*")):  # train/<class>, test/<class>
+                target = Path(place, "data", folder.parent.name, folder.name)
+                target.mkdir(parents=True)
+                for file in sorted(folder.iterdir())[: count // 10]:
+                    (target / file.name).symlink_to(file.resolve())
+            command = [
+                *ARQ,
+                *TINY_RUN.split(),
+                "--data",
+                f"{place}/data",
+                "--out",
+                f"{place}/run",
+            ]
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            _, status, usage = os.wait4(process.pid, 0)
+            assert status == 0, f"a run on {count} images failed"
+        peaks[str(count)] = usage.ru_maxrss / 1024
+    grown = peaks["50000"] - peaks["5000"]
+    return {"peak_mib": peaks, "bytes_per_image": grown * 2**20 / 45_000}
+
+
+def main(argv=None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("part", choices=("kills", "processes", "memory"))
+    parser.add_argument("--count", type=int, help="of kills (20) or rounds (5)")
+    parser.add_argument("--data", default="data")
+    parser.add_argument("--out", type=Path, default=ROOT / "results")
+    options = parser.parse_args(argv)
+    parts = {
+        "kills": lambda: kills(options.count or 20, SMALL_RUN),
+        "processes": lambda: processes(options.count or 5),
+        "memory": lambda: memory(options.data),
+    }
+    found = parts[options.part]()
+    path = options.out / "operations.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    arq.write_whole(path, {**results, options.part: found})
+    print(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
