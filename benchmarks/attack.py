@@ -121,6 +121,7 @@ def main(argv=None) -> None:
     parser.add_argument("--images", type=int, default=40)
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     options = parser.parse_args(argv)
+    options.out.mkdir(exist_ok=True)
     words = f"--dataset cifar10 --sigma 0.25 --images {options.images}"
     config = arq.parse_config([*words.split(), "--data", options.data])
     images = arq.load_images(config, train=False)

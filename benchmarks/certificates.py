@@ -201,6 +201,7 @@ def main(argv=None) -> None:
     parser.add_argument("--samples", type=int, default=8000, help="noisy copies of each")
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     options = parser.parse_args(argv)
+    options.out.mkdir(exist_ok=True)
     results = {"sharpness": {}, "sides": {}}
     for sigma in SIGMAS:
         images = collect(options, sigma)

@@ -129,6 +129,7 @@ def main(argv=None) -> None:
     parser.add_argument("--data", default="data", help="its images")
     parser.add_argument("--out", type=Path, default=ROOT / "results")
     options = parser.parse_args(argv)
+    options.out.mkdir(exist_ok=True)
     warnings.filterwarnings("ignore")
     path = options.out / "networks.json"
     results = json.loads(path.read_text()) if path.exists() else {}
