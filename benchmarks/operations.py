@@ -43,8 +43,12 @@ FOLDER_RUN = (
 # ---- killed again and again ----
 def contents(folder: Path) -> dict:
     """What a run left, by file, without times."""
-    names = "base.pt", "search_cache.pt", "policy.json", "model.arq", "config.json"
+    names = "policy.json", "model.arq", "config.json"
     found = {name: Path(folder, name).read_bytes() for name in names}
+    weights = arq.read_state(folder / "base.pt")
+    found["base.pt"] = {name: value.tolist() for name, value in weights.items()}
+    cache = arq.read_cache(folder / "search_cache.pt")
+    found["search_cache.pt"] = cache._replace(predictions=cache.predictions.tolist())
     for name in ("certificates.tsv", "base_certificates.tsv"):
         rows = certify.read_certificates(folder / name)
         found[name] = [row._replace(time="") for row in rows]
@@ -86,8 +90,8 @@ def kills(count: int, words: str) -> dict:
             wait = moments.uniform(0, 0.6) * seconds if len(log) < count else None
             last_line = run_for(broken, words, wait)
             if last_line is not None:
-                log.append({"after_seconds": round(wait, 2), "in": last_line})
-                print(f"  kill {len(log)}: {log[-1]}", flush=True)
+                log.append(f"after {wait:.1f} s: {last_line}")
+                print(f"  kill {len(log)} {log[-1]}", flush=True)
                 continue
             runs += 1
             found = contents(broken / "run")
@@ -96,7 +100,7 @@ def kills(count: int, words: str) -> dict:
                 break
             shutil.rmtree(broken)
     compared = {"runs": runs, "files": sorted(expected), "differing": sorted(differing)}
-    return {"kills": log, **compared, "seconds_of_the_whole_run": round(seconds, 1)}
+    return {"kills": log, **compared, "seconds_of_a_whole_run": round(seconds, 1)}
 
 
 # ---- several processes, many images ----
