@@ -231,7 +231,7 @@ def train(
     labels = torch.tensor(images.labels)
     per_epoch = len(images) // batch_size
     seed = hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()
-    progress = Progress(purpose if save else "", "batches", num_batches, first)
+    began = time.monotonic()
     for start in range(first, num_batches, per_epoch):
         torch.manual_seed(int.from_bytes(seed[:4], "little") + start // per_epoch)
         end = min(start + per_epoch, num_batches)
@@ -251,7 +251,8 @@ def train(
             optimizer.zero_grad()
             (WORLD * losses.sum() / batch_size).backward()  # processes average their gradients
             optimizer.step()
-            progress(index + 1)
+            if save is not None:
+                show_progress("batch", index + 1, num_batches, first, began)
         if save is not None:
             finite = losses.isfinite().all()
             require(finite, f"{purpose}: infinite loss at batch {end}; try another --seed")
@@ -389,7 +390,8 @@ def run_search(environment, evaluate, cache, config, log, state, save, agent_cla
     if state is not None:
         agent.load_state_dict(state["agent"])
         records = state["records"]
-    agent.act = by_rank_0(agent.act)
+    act = agent.act
+    agent.act = lambda state: gather(act(state))[0]  # all processes take rank 0's actions
     began = time.monotonic()
 
     def keep(record: dict) -> None:
@@ -397,9 +399,9 @@ def run_search(environment, evaluate, cache, config, log, state, save, agent_cla
         record["seconds"] = round(time.monotonic() - began, 3)
         began = time.monotonic()
         records.append(record)
-        save({"agent": agent.state_dict(), "records": records})
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
         write_whole(log, "".join(lines).encode())
+        save({"agent": agent.state_dict(), "records": records})
 
     for record in search(cache, environment, agent, evaluate):
         record["bitops_ratio"] = models.bitops_ratio(environment.table, record["policy"])
@@ -445,10 +447,10 @@ def certify_images(network, images: ImageSet, config: Config, purpose: str, stat
     is_cache = purpose == "search"
     n = config.search_n if is_cache else config.n
     rows, predictions, key = state or ([], torch.zeros(0, n, dtype=torch.uint8), "")
-    progress = Progress("certifying", "images", len(images), len(rows))
-    for first in range(len(rows), len(images), WORLD * max(1, 10_000 // n)):
-        indices = range(len(images))[first : first + WORLD * max(1, 10_000 // n)]
-        part = images.subset(indices)
+    done, began = len(rows), time.monotonic()
+    size = WORLD * max(1, 10_000 // n)
+    for first in range(done, len(images), size):
+        part = images.subset(range(first, min(first + size, len(images))))
         pixels = part.batch(range(len(part)), config.device)
         sampling = (
             config.n0,
@@ -461,7 +463,7 @@ def certify_images(network, images: ImageSet, config: Config, purpose: str, stat
         if is_cache:
             predictions, key = torch.cat([predictions, block.predictions]), block.key
         save((rows, predictions, key))
-        progress(len(rows))
+        show_progress("image", len(rows), len(images), done, began)
     if is_cache:
         return rows, predictions, key
     text = io.StringIO()
@@ -546,8 +548,9 @@ def lock(path: Path):
 
 def take_along(config: Config, folder: RunFolder) -> None:
     """With --checkpoint runs/X/base.pt: the base's certificates of runs/X, if options agree."""
-    source = Path(config.checkpoint or "").parent
-    if config.checkpoint is None or not (source / "config.json").exists():
+    checkpoint = Path(config.checkpoint or "")
+    source = checkpoint.parent
+    if checkpoint.name != "base.pt" or not (source / "config.json").exists():
         return
     before = read_json(source / "config.json")
     common = "arch image_size sigma seed n0 alpha device search_images".split()
@@ -709,7 +712,8 @@ def complete_config(given: dict) -> Config:
         require(
             agrees, f"{flag(name)} is {saved.get(name)} in {given.get('evaluate')}; omit it"
         )
-    preset = PRESETS[given.get("dataset", saved.get("dataset", "shapes"))]
+    dataset = given.get("dataset", saved.get("dataset", "shapes"))
+    preset = PRESETS.get(dataset, PRESETS["folder"])  # a packed network may name its own
     config = Config(**{**preset, **saved, **given})
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     if config.device == "auto":
@@ -922,17 +926,12 @@ def gather(value) -> list:
     return values
 
 
-def by_rank_0(function: Callable) -> Callable:
-    """The function, answered in all processes by rank 0."""
-    return lambda *arguments: gather(function(*arguments))[0]
-
-
 def share_gradients(classifier: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(classifier) if WORLD > 1 else classifier
 
 
 def share_buffers(classifier: nn.Module) -> None:
-    """Rank 0's BatchNorm statistics in all processes, where each had its own."""
+    """BatchNorm's statistics, which are each process's own, are rank 0's afterwards."""
     for buffer in classifier.buffers() if WORLD > 1 else ():
         distributed.broadcast(buffer, 0)
 
@@ -955,23 +954,13 @@ def smooth(network: nn.Module, classes: list[str], config: Config, purpose: str)
 
 
 # ---- reports ----
-class Progress:
-    """One line on a terminal: how far, how fast, how long to go. Silent without a label."""
-
-    def __init__(self, label: str, unit: str, total: int, done: int = 0):
-        self.label, self.unit, self.total, self.first = label, unit, total, done
-        self.began = self.last = time.monotonic()
-        self.visible = bool(label) and sys.stderr.isatty() and RANK == 0
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if self.visible and (done == self.total or now - self.last > 0.2):
-            self.last = now
-            rate = (done - self.first) / (now - self.began)
-            left = timedelta(seconds=round((self.total - done) / rate))
-            text = f"{self.label}: {done}/{self.total} {self.unit}, {rate:.3g}/s, {left} left"
-            text = "" if done == self.total else text
-            print(f"\r  {text:<90}\r", end="", file=sys.stderr, flush=True)
+def show_progress(label: str, done: int, total: int, first: int, began: float) -> None:
+    """One line on a terminal: how far, how fast, how long to go."""
+    if sys.stderr.isatty() and RANK == 0:
+        rate = (done - first) / (time.monotonic() - began)
+        left = timedelta(seconds=round((total - done) / rate))
+        line = f"{label} {done}/{total}, {rate:.3g}/s, {left} left" if done < total else ""
+        print(f"\r  {line:<90}\r", end="", file=sys.stderr, flush=True)
 
 
 def summarize(rows, network, table, policy: Policy, config: Config, file: Path) -> dict:
@@ -1002,25 +991,20 @@ def cut(value) -> str:
     return "none" if value is None else str(value)
 
 
-REPORTED = "accuracy", "acr", "abstained", "bitops_ratio", "file_bytes", "backend"
-
-
 def report(results: dict, folder: RunFolder) -> None:
     """Write results.json and print it, the float base and ARQ side by side."""
     write_whole(folder.path / "results.json", {**results, "seconds": folder.seconds})
-    columns = {"network": results}
+    columns = [results]
     if "base" in results:
-        columns = {"float base": results["base"], "ARQ": results}
-    setting = "sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} per image".format(**results)
-    print(f"\n{results['images']} test images, {setting}")
-    print(f"{'':<20}" + "".join(f"{name:>14}" for name in columns))
-    for name in REPORTED:
-        cells = [cut(column[name]) for column in columns.values()]
-        print(f"{name.replace('_', ' '):<20}" + "".join(f"{cell:>14}" for cell in cells))
+        columns = [results["base"], results]
+        print(f"\n{'':<14}{'float base':>14}{'ARQ':>14}")
+    for name in ("accuracy", "acr", "abstained", "bitops_ratio", "file_bytes", "backend"):
+        print(f"{name:<14}" + "".join(f"{cut(column[name]):>14}" for column in columns))
     if "acr_difference" in results:
         mean, error = results["acr_difference"].values()
         print(f"ACR less the base's, same images: {mean:+.4f}, standard error {cut(error)}")
-    print(f"written to {folder.path}/", flush=True)
+    setting = "sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} per image".format(**results)
+    print(f"{results['images']} test images, {setting}; in {folder.path}/", flush=True)
 
 
 def main(argv=None) -> int:
