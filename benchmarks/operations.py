@@ -48,10 +48,12 @@ def contents(folder: Path) -> dict:
     weights = arq.read_state(folder / "base.pt")
     found["base.pt"] = {name: value.tolist() for name, value in weights.items()}
     cache = arq.read_cache(folder / "search_cache.pt")
-    found["search_cache.pt"] = cache._replace(predictions=cache.predictions.tolist())
+    tables = {"search_cache.pt": cache.certificates}
     for name in ("certificates.tsv", "base_certificates.tsv"):
-        rows = certify.read_certificates(folder / name)
+        tables[name] = certify.read_certificates(folder / name)
+    for name, rows in tables.items():
         found[name] = [row._replace(time="") for row in rows]
+    found["predictions"] = cache.predictions.tolist()
     lines = Path(folder, "search.jsonl").read_text().splitlines()
     found["search.jsonl"] = [json.loads(line) for line in lines]
     found["results.json"] = json.loads(Path(folder, "results.json").read_text())
