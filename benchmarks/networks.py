@@ -65,10 +65,8 @@ def pre_activation(first: int, widths: list[int], blocks: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(c_in, 10))
 
 
-PRE_ACTIVATION = {
-    "wide_resnet28_2": (16, [32, 64, 128], 4),
-    "preact_resnet18": (64, [64, 128, 256, 512], 2),
-}
+PRE_ACTIVATION = {"wide_resnet28_2": (16, [32, 64, 128], 4)}
+PRE_ACTIVATION["preact_resnet18"] = 64, [64, 128, 256, 512], 2
 
 
 def build(name: str) -> tuple[nn.Module, int]:
@@ -117,7 +115,7 @@ def compare_backends(file: Path, data: str, count: int = 2500) -> dict:
     boundary = int((compare(plain, fast) > BOUNDARY).sum())
     classes = int((plain.argmax(1) != fast.argmax(1)).sum())
     counts = {"images": count, "met a boundary": boundary, "class differs": classes}
-    return {"network": file.parent.name, "backend": integers.backend, **counts}
+    return {"network": file.parent.name, **counts}
 
 
 def compare(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
