@@ -836,8 +836,7 @@ def load_images(config: Config, train: bool) -> ImageSet:
         images = read_cifar10(root, train, size)
     else:
         raise ValueError(f"--data {root}: no image tree, train/<class>/*, and test/ or val/")
-    several = len(images.classes) > 1
-    require(several, f"--data {root}: at least two classes are needed")
+    require(len(images.classes) > 1, f"--data {root}: at least two classes are needed")
     needed = config.search_images + config.batch_size if train else config.images
     asked = "--search-images and a --batch-size need" if train else "--images"
     enough = needed <= len(images)
