@@ -227,7 +227,8 @@ def train(
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["batch"]
-    network = share_gradients(classifier.train())
+    classifier.train()
+    network = nn.parallel.DistributedDataParallel(classifier) if WORLD > 1 else classifier
     labels = torch.tensor(images.labels)
     per_epoch = len(images) // batch_size
     seed = hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()
@@ -258,7 +259,8 @@ def train(
             require(finite, f"{purpose}: infinite loss at batch {end}; try another --seed")
             parts = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict()}
             save({**parts, "batch": end})
-    share_buffers(classifier)
+    for buffer in classifier.buffers() if WORLD > 1 else ():
+        distributed.broadcast(buffer, 0)  # BatchNorm's statistics were each process's own
     classifier.eval()
 
 
@@ -594,18 +596,16 @@ def read_json(path: Path):
 
 def read_policy(config: Config, table: list[Layer]) -> Policy:
     """--policy: a bit-width for all layers, forced under the budget, or a file that fits."""
-    given, names = f"--policy {config.policy}", [layer.name for layer in table]
+    names = [layer.name for layer in table]
     if config.policy.isdigit():
         policy = models.uniform_policy(table, int(config.policy))
         models.check_policy(names, policy)
-        ratio = models.bitops_ratio(table, policy)
-        print(f"{given}: {ratio:.6f} of the float BitOPs, forced under {config.budget:g}")
         return models.enforce_budget(table, policy, config.budget)
     policy = read_json(Path(config.policy))
     models.check_policy(names, policy)
     ratio = models.bitops_ratio(table, policy)
     fits = ratio <= config.budget
-    require(fits, f"{given} costs {ratio:.6f} of the float BitOPs; raise --budget")
+    require(fits, f"--policy {config.policy} costs {ratio:.6f} of the BitOPs; raise --budget")
     return policy
 
 
@@ -754,25 +754,38 @@ class ImageSet:
     labels: list[int]
     classes: list[str]
     size: int
-    source: Tensor | list[str]  # uint8 (N, 3, size, size), or files, decoded when needed
+    source: list  # uint8 (3, size, size) each, or a file that is decoded when needed
     ids: list[int] | None = None  # positions in the whole set, which name the images' noise
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: list[int]) -> ImageSet:
+    def subset(self, indices) -> ImageSet:
         """These images; ids keep their positions in the whole set."""
-        in_memory = isinstance(self.source, Tensor)
-        source = self.read(indices) if in_memory else [self.source[i] for i in indices]
         ids = self.ids or range(len(self))
-        labels, ids = [self.labels[i] for i in indices], [ids[i] for i in indices]
-        return dataclasses.replace(self, labels=labels, ids=ids, source=source)
+        columns = [[column[i] for i in indices] for column in (self.labels, self.source, ids)]
+        labels, source, ids = columns
+        return dataclasses.replace(self, labels=labels, source=source, ids=ids)
 
     def read(self, indices) -> Tensor:
         """uint8 images (len(indices), 3, size, size). Raises ValueError."""
-        if isinstance(self.source, Tensor):
-            return self.source[torch.as_tensor(indices)]
-        return torch.stack([read_image(self.source[i], self.size) for i in indices])
+        sources = [self.source[i] for i in indices]
+        return torch.stack([s if isinstance(s, Tensor) else self.decode(s) for s in sources])
+
+    def decode(self, path: str) -> Tensor:
+        """RGB uint8 (3, size, size): shorter side resized, centre cropped, no EXIF turn."""
+        size = self.size
+        try:
+            with Image.open(path) as file:
+                eight_bits = file.mode[0] not in "IF"
+                require(eight_bits, f"mode {file.mode} has no fixed range: save it with 8 bits")
+                image = TF.pil_to_tensor(file.convert("RGB"))
+        except Exception as error:  # decoders raise many kinds for broken files
+            message = f"{path}: no readable image ({str(error)[:80]}); repair or remove it"
+            raise ValueError(message) from None
+        if image.shape[1:] != (size, size):
+            image = TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])
+        return image
 
     def batch(self, indices, device="cpu") -> Tensor:
         """Float images (len(indices), 3, size, size) in [0, 1]."""
@@ -780,9 +793,8 @@ class ImageSet:
 
     def batches(self, batches: list) -> Iterator[Tensor]:
         """uint8 images for each indices of many; processes decode large ones ahead."""
-        large = isinstance(self.source, list) and self.size > 64
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = max(1, min(16, (os.cpu_count() or 1) // processes)) if large else 0
+        workers = max(1, min(16, (os.cpu_count() or 1) // processes)) if self.size > 64 else 0
         # Starting workers must not move the generator that training draws from.
         settings = {"num_workers": workers, "generator": torch.Generator()}
         yield from DataLoader(batches, None, collate_fn=self.read, **settings)
@@ -806,21 +818,6 @@ def hold_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
     return images.subset(others), images.subset(held_out)
 
 
-def read_image(path: str, size: int) -> Tensor:
-    """RGB uint8 (3, size, size): shorter side resized, centre cropped, no EXIF turn."""
-    try:
-        with Image.open(path) as file:
-            eight_bits = file.mode[0] not in "IF"
-            require(eight_bits, f"mode {file.mode} has no fixed range: save it with 8 bits")
-            image = TF.pil_to_tensor(file.convert("RGB"))
-    except Exception as error:  # decoders raise many kinds for broken files
-        reason = str(error)[:80]
-        raise ValueError(f"{path}: no readable image ({reason}); repair or remove it") from None
-    if image.shape[1:] != (size, size):
-        image = TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])
-    return image
-
-
 def load_images(config: Config, train: bool) -> ImageSet:
     """The training or the test set. Raises ValueError where it is missing or too small."""
     root, size = Path(config.data), config.image_size
@@ -834,7 +831,7 @@ def load_images(config: Config, train: bool) -> ImageSet:
         images = ImageSet(labels, tree.classes, size, paths)
         if size <= 64 and len(paths) * size**2 < 2**28:  # below 1 GB: decoded once
             print(f"decoding {len(paths)} images of {folder}", flush=True)
-            images.source = images.read(range(len(paths)))
+            images.source = [images.decode(path) for path in paths]
     elif config.dataset == "cifar10":
         images = read_cifar10(root, train, size)
     else:
@@ -860,7 +857,7 @@ def read_cifar10(root: Path, train: bool, size: int) -> ImageSet:
     labels, order = torch.tensor(data.targets).sort(stable=True)
     pixels = torch.from_numpy(data.data)[order].permute(0, 3, 1, 2)
     pixels = TF.resize(pixels, [size, size]).contiguous()
-    return ImageSet(labels.tolist(), data.classes, size, pixels)
+    return ImageSet(labels.tolist(), data.classes, size, list(pixels))
 
 
 SHAPES = {  # what is inside each shape, by coordinates u, v and b = max(|u|, |v|) in [-1, 1]
@@ -900,7 +897,7 @@ def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
         ground = uniform(0.25, 0.75, k, 3, 1, 1) + mottle
         image = ground + uniform(0.15, 0.45, k, 1, 1, 1) * sign * mask
         pixels.append(image.clamp(0, 1).mul(255).round().to(torch.uint8))
-    return ImageSet(labels, list(SHAPES), size, torch.cat(pixels))
+    return ImageSet(labels, list(SHAPES), size, list(torch.cat(pixels)))
 
 
 # ---- processes of torchrun: rank 0 writes and prints ----
@@ -909,31 +906,12 @@ RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
 MINE = slice(RANK, None, WORLD)  # this process's part of a batch
 
 
-def start_processes(device: str) -> None:
-    """nccl on GPUs, one each, and gloo on CPUs."""
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if device == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(days=1))
-    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-
-
 def gather(value) -> list:
     """Every process's value, by rank, in every process; waits for all."""
     values = [value] * WORLD
     if WORLD > 1:
         distributed.all_gather_object(values, value)
     return values
-
-
-def share_gradients(classifier: nn.Module) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(classifier) if WORLD > 1 else classifier
-
-
-def share_buffers(classifier: nn.Module) -> None:
-    """BatchNorm's statistics, which are each process's own, are rank 0's afterwards."""
-    for buffer in classifier.buffers() if WORLD > 1 else ():
-        distributed.broadcast(buffer, 0)
 
 
 class SharedSmooth(Smooth):
@@ -947,7 +925,7 @@ class SharedSmooth(Smooth):
         return sum(gather(F.pad(table, (0, missing))))  # zeros where others sampled
 
 
-def smooth(network: nn.Module, classes: list[str], config: Config, purpose: str) -> Smooth:
+def smooth(network, classes: list[str], config: Config, purpose: str) -> Smooth:
     """The smoothed classifier of a run. purpose names its noise."""
     settings = config.sigma, config.seed, config.eval_batch, purpose
     return SharedSmooth(network, len(classes), *settings)
@@ -1016,7 +994,11 @@ def main(argv=None) -> int:
     try:
         config = parse_config(argv)
         if WORLD > 1:
-            start_processes(config.device)
+            if config.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "nccl" if config.device == "cuda" else "gloo"
+            distributed.init_process_group(backend, timeout=timedelta(days=1))
+            sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
         evaluate_saved(config) if config.evaluate else run(config)
         return 0
     except KeyboardInterrupt:
