@@ -1,6 +1,6 @@
 """What do interruptions, a second process and a larger data set cost a run?
 
-    python benchmarks/operations.py kills               # half an hour on a core
+    python benchmarks/operations.py kills               # five minutes on a core
     python benchmarks/operations.py processes           # five minutes on two idle cores
     python benchmarks/operations.py memory --data data  # ten minutes; tree of CIFAR-10
 

@@ -90,17 +90,24 @@ def replay(joint) -> certificates.Replay:
 
 DISAGREEING = (0.70, 0.04, 0.01), (0.02, 0.12, 0.01), (0.0, 0.01, 0.09)
 ALIKE = (0.96, 0.01, 0.0), (0.0, 0.02, 0.0), (0.0, 0.0, 0.01)
+UNRELATED = (0.72, 0.08, 0.0), (0.18, 0.02, 0.0), (0.0, 0.0, 0.0)
 
 
-@pytest.mark.parametrize("joint", [DISAGREEING, ALIKE])
+@pytest.mark.parametrize("joint", [DISAGREEING, ALIKE, UNRELATED])
 def test_coverage_of_incremental_radii(joint):
-    """alpha + alpha_zeta = 0.05: at most that share of radii exceeds the true one."""
+    """alpha + alpha_zeta = 0.05: at most that share of radii exceeds the true one. Fresh radii
+    are those of the votes among all passes but ten, which are the pilot's."""
     g = replay(joint)
     rows = certify_incremental(g, None, g.rest, g.pilot, 200, alpha_zeta=0.049)
     truth = certify.certified_radius(sum(row[0] for row in joint), 1.0)
     radii = torch.tensor([row.radius for row in rows])
     assert (radii > truth).sum() <= ALLOWED and radii.mean() > 0.3 * truth
     assert sum(row.passes for row in rows) <= 200 * TRIALS
+    for i in [i for i, row in enumerate(rows) if row.method == "fresh"][:20]:
+        m = rows[i].passes - 10
+        n_a = int((g.by_noise["rest/fresh"][i, :m] == 0).sum())
+        p_a = max(0.5, certify.lower_confidence_bound(n_a, m, 0.05))
+        assert rows[i].radius == certify.certified_radius(p_a, 1.0)
 
 
 def test_the_plan_sees_no_sample_that_a_bound_uses():
@@ -158,10 +165,11 @@ def test_an_attacker_breaks_a_linear_classifier_beyond_its_radius_and_not_within
     """Class 0 where w.x > b: R = margin / norm of w, for the smoothed classifier, too."""
     w, generator = torch.full((1, 3, 8, 8), 0.1), torch.Generator().manual_seed(0)
     x = 0.5 + 0.02 * torch.randn(6, 3, 8, 8, generator=generator)
-    margin = (x * w).sum((1, 2, 3)) - 9.3
+    x[:, 0] = 0  # pixels that cannot become darker
+    margin = (x * w).sum((1, 2, 3)) - 6.2
 
     def classifier(x):
-        score = 20 * ((x * w).sum((1, 2, 3)) - 9.3)
+        score = 20 * ((x * w).sum((1, 2, 3)) - 6.2)
         return torch.stack([score, -score], 1)
 
     radius = margin.abs() / w.norm()
