@@ -1,14 +1,14 @@
 """ARQ and its rivals in one frame: the same base, quantizer, fine-tuning and certificates.
 
-    python benchmarks/compare.py --data DIR --checkpoints DIR [--cells sigma0.25-budget0.015 ...]
+    python benchmarks/compare.py --data DIR --checkpoints DIR [--cells sigma0.25-budget0.015
+    ...]
 
 A cell is (method, sigma, budget, seed, n). Each finished one is a line of cells.jsonl, in
-results/compare/, with its radii; tables and differences are computed from these lines. The command
-goes on where it stopped, in the order of CELLS, and prints the tables at its end.
+results/compare/, with its radii; tables and differences are computed from these lines. The
+command goes on where it stopped, in the order of CELLS, and prints the tables at its end.
 --checkpoints holds resnet20_cifar10_sigma{0.25,0.50,1.00}.pt, --data the images of CIFAR-10.
 --cells: only those whose names begin so; several commands may work on different ones at a time.
---table: print the tables of what is there, and stop.
-"""
+--table: print the tables of what is there, and stop."""
 
 import argparse
 import copy
@@ -94,7 +94,8 @@ class Frame:
         self.options = dataclasses.asdict(config) | contents | {"n": None}
 
     def folder(self, name: str, **left_open) -> arq.RunFolder:
-        """A run folder, once no other process is at work in it; it holds for any `left_open`."""
+        """A run folder, once no other process is at work in it; it holds for any
+        `left_open`."""
         while True:
             try:
                 return arq.RunFolder(RUNS / name, self.options | left_open)
@@ -108,7 +109,7 @@ class Frame:
         """`cache`, of a sigma and seed, and `start`, from which episodes start, of a budget."""
         config, of_seed = self.config, f"sigma{self.config.sigma:g}-seed{self.config.seed}"
         folder = self.folder(f"base-{of_seed}", budget=None, episodes=None)
-        work = partial(arq.cache_base, self.base, self.search_images, config)
+        work = partial(arq.certify_images, self.base, self.search_images, config, "search")
         file = folder.make("certify the base, search images", "search_cache.pt", work)
         folder.lock.close()
         self.cache = arq.read_cache(file)
@@ -123,9 +124,10 @@ class Frame:
 
 
 def train_shared(frame: Frame, state, save) -> dict:
-    """Weights of a float network from which brief training ranks policies: the base, trained while
-    each batch meets another random policy under the budget (Guo et al., 2020, section 3.2). From
-    the base itself a dozen batches leave weights of 2 bits far from where they get to."""
+    """Weights of a float network from which brief training ranks policies: the base, trained
+    while each batch meets another random policy under the budget (Guo et al., 2020, section
+    3.2). From the base itself a dozen batches leave weights of 2 bits far from where they get
+    to."""
     config = frame.config
     classifier = copy.deepcopy(frame.base)
     weights = classifier.state_dict()  # layers are replaced below, but train these very tensors
@@ -223,7 +225,7 @@ def run(c: dict, frame: Frame) -> dict:
         classifier, _, _ = models.load_model(file)
         network = arq.integer_network(classifier, config)
     purpose = "base certificate" if method == "base" else "certificate"
-    work = partial(arq.certify_images, network, frame.test_images, config, config.n, purpose)
+    work = partial(arq.certify_images, network, frame.test_images, config, purpose)
     rows_file = folder.make(f"certify, n = {c['n']}", f"certificates-n{c['n']}.tsv", work)
     rows = certify.read_certificates(rows_file)
     seconds = {step: folder.seconds.get(step, 0.0) for step in ("choose", "fine-tune")}
@@ -237,7 +239,7 @@ def run(c: dict, frame: Frame) -> dict:
     summary = arq.summarize(rows, network, table, policy, config, file)
     line = {**c, "policy": policy, **{name: summary[name] for name in SUMMARY.split()}}
     line["two_sided"] = summary["two_sided"]["acr"]
-    line["clean"] = clean_accuracy(network, frame)
+    line["clean"] = rivals.accuracy(network, frame.test_images, config)
     line |= costs_of(method, config, log, len(frame.train_images))
     line["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
     cuda = config.device == "cuda"
@@ -252,7 +254,8 @@ def five_digits(value: float) -> float:
 
 
 def costs_of(method: str, config: arq.Config, log: Path, count: int) -> dict:
-    """Evaluations, images trained on to choose, `count` an epoch, and a search's rewards as ACR."""
+    """Evaluations, images trained on to choose, `count` an epoch, and a search's rewards as
+    ACR."""
     lines = log.read_text().splitlines() if log.exists() else []
     records = [json.loads(line) for line in lines]
     finalists = [record["acr"] for record in records if "finalist" in record]
@@ -266,16 +269,6 @@ def costs_of(method: str, config: arq.Config, log: Path, count: int) -> dict:
     costs["search_acr"] = [round(acr, 5) for acr in episodes]
     costs["finalist_acr"] = [round(acr, 5) for acr in finalists]
     return costs
-
-
-@torch.inference_mode()
-def clean_accuracy(network, frame: Frame) -> float:
-    """Share of test images that the network itself gets right without noise, as the paper plots."""
-    images = frame.test_images
-    classes = []
-    for part in torch.arange(len(images)).split(50):
-        classes += network(images.batch(part, frame.config.device)).argmax(1).tolist()
-    return statistics.fmean(a == b for a, b in zip(classes, images.labels))
 
 
 # ---- the lines, and tables of them ----
