@@ -78,9 +78,8 @@ class Frame:
     def __init__(self, c: dict, data: str, checkpoints: Path):
         checkpoint = checkpoints / f"resnet20_cifar10_sigma{c['sigma']:.2f}.pt"
         budget = 0.5 if c["method"] in FLOAT else c["budget"]  # a float network has none
-        words = (
-            f"{FRAME} --sigma {c['sigma']} --budget {budget} --seed {c['seed']} --n {c['n']}"
-        )
+        words = f"{FRAME} --sigma {c['sigma']} --budget {budget}"
+        words += f" --seed {c['seed']} --n {c['n']}"
         words += " --episodes 600" if c["method"].endswith(LONG) else ""
         files = ["--data", data, "--checkpoint", str(checkpoint)]
         self.config = config = arq.parse_config(words.split() + files)
@@ -94,8 +93,8 @@ class Frame:
         self.options = dataclasses.asdict(config) | contents | {"n": None}
 
     def folder(self, name: str, **left_open) -> arq.RunFolder:
-        """A run folder, once no other process is at work in it; it holds for any
-        `left_open`."""
+        """A run folder, once no other process is at work in it. left_open: options it
+        ignores."""
         while True:
             try:
                 return arq.RunFolder(RUNS / name, self.options | left_open)
@@ -117,17 +116,14 @@ class Frame:
         folder = self.folder(f"shared-{of_seed}-budget{config.budget:g}", episodes=None)
         file = folder.make("train for all policies", "start.pt", partial(train_shared, self))
         folder.lock.close()
-        self.shared_seconds = folder.seconds["train for all policies"]
         network = copy.deepcopy(self.base)
         network.load_state_dict(arq.read_state(file))
         self.start, _ = arq.prepare(network, self.search_images, config)
 
 
 def train_shared(frame: Frame, state, save) -> dict:
-    """Weights of a float network from which brief training ranks policies: the base, trained
-    while each batch meets another random policy under the budget (Guo et al., 2020, section
-    3.2). From the base itself a dozen batches leave weights of 2 bits far from where they get
-    to."""
+    """Weights from which brief training ranks policies: the base's, trained while each batch
+    meets another random policy under the budget (Guo et al., 2020, section 3.2)."""
     config = frame.config
     classifier = copy.deepcopy(frame.base)
     weights = classifier.state_dict()  # layers are replaced below, but train these very tensors
@@ -142,8 +138,7 @@ def train_shared(frame: Frame, state, save) -> dict:
 
     num_batches = int(SHARED_EPOCHS * (len(frame.train_images) // config.batch_size))
     options = {"purpose": "shared", "state": state, "save": save, "loss": loss}
-    images = frame.train_images
-    arq.train(classifier, images, config, num_batches, arq.FINETUNE_LR, **options)
+    arq.train(classifier, frame.train_images, config, num_batches, arq.FINETUNE_LR, **options)
     return weights
 
 
@@ -201,23 +196,18 @@ def finetune_float(frame: Frame, state, save) -> dict:
     return network.state_dict()
 
 
-SUMMARY = "acr accuracy abstained two_sided bitops_ratio size_bytes file_bytes backend network"
-
-
 def run(c: dict, frame: Frame) -> dict:
     """A cell, from the bits to its line. What is in its run folder is done."""
     method, config, table = c["method"], frame.config, frame.table
-    searches = method.removesuffix(LONG) in AGENTS
     folder = frame.folder(name_of(c | {"n": 1000}))
-    policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
-    network, file = frame.base, Path(config.checkpoint)
     log = folder.path / "search.jsonl"
+    policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
+    network, file = copy.deepcopy(frame.base), Path(config.checkpoint)
     if method == "control":
         file = folder.make("fine-tune", "control.pt", partial(finetune_float, frame))
-        network = copy.deepcopy(network)
         network.load_state_dict(arq.read_state(file))
     elif method != "base":
-        if searches:
+        if method.removesuffix(LONG) in AGENTS:
             frame.prepare_search()
         work = partial(choose, method, frame, log)
         policy = arq.read_json(folder.make("choose", "policy.json", work))
@@ -228,47 +218,26 @@ def run(c: dict, frame: Frame) -> dict:
     work = partial(arq.certify_images, network, frame.test_images, config, purpose)
     rows_file = folder.make(f"certify, n = {c['n']}", f"certificates-n{c['n']}.tsv", work)
     rows = certify.read_certificates(rows_file)
-    seconds = {step: folder.seconds.get(step, 0.0) for step in ("choose", "fine-tune")}
-    if searches:
-        seconds["choose"] += frame.shared_seconds
     folder.lock.close()
-    if c["n"] == 10_000 and method != "control":
+    if c["n"] == 10_000:
         arq.write_whole(RESULTS / f"{name_of(c)}.tsv", rows_file.read_bytes())
-    if c["n"] == 10_000 and method == "ARQ":
+    if c["n"] == 10_000 and file.suffix == ".arq":
         arq.write_whole(RESULTS / f"{name_of(c)}.arq", file.read_bytes())
+
     summary = arq.summarize(rows, network, table, policy, config, file)
-    line = {**c, "policy": policy, **{name: summary[name] for name in SUMMARY.split()}}
-    line["two_sided"] = summary["two_sided"]["acr"]
+    names = "acr accuracy abstained bitops_ratio size_bytes backend network".split()
+    line = {**c, "policy": policy, **{name: summary[name] for name in names}}
     line["clean"] = rivals.accuracy(network, frame.test_images, config)
-    line |= costs_of(method, config, log, len(frame.train_images))
-    line["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+    lines = log.read_text().splitlines() if log.exists() else []
+    for record in map(json.loads, lines):
+        name = "finalist_acr" if "finalist" in record else "search_acr"
+        line.setdefault(name, []).append(round(record["acr"], 5))
+    line["seconds_to_choose"] = round(folder.seconds.get("choose", 0.0), 1)
     cuda = config.device == "cuda"
     line["processor"] = torch.cuda.get_device_name() if cuda else platform.machine()
-    line["radii"] = [five_digits(row.radius * row.correct) for row in rows]
+    radii = [row.radius * row.correct for row in rows]
+    line["radii"] = [math.floor(radius * 1e5) / 1e5 for radius in radii]  # cut, not rounded
     return line
-
-
-def five_digits(value: float) -> float:
-    """Cut, not rounded: no radius exceeds what is certified."""
-    return math.floor(value * 1e5) / 1e5
-
-
-def costs_of(method: str, config: arq.Config, log: Path, count: int) -> dict:
-    """Evaluations, images trained on to choose, `count` an epoch, and a search's rewards as
-    ACR."""
-    lines = log.read_text().splitlines() if log.exists() else []
-    records = [json.loads(line) for line in lines]
-    finalists = [record["acr"] for record in records if "finalist" in record]
-    episodes = [record["acr"] for record in records if "finalist" not in record]
-    batches = config.episode_batches * (len(episodes) + 2 * len(finalists))
-    if records:
-        batches += int(SHARED_EPOCHS * (count // config.batch_size))
-    if method in GRADIENT:
-        batches = config.episodes * config.episode_batches
-    costs = {"evaluations": len(records), "training_images": batches * config.batch_size}
-    costs["search_acr"] = [round(acr, 5) for acr in episodes]
-    costs["finalist_acr"] = [round(acr, 5) for acr in finalists]
-    return costs
 
 
 # ---- the lines, and tables of them ----
@@ -316,37 +285,38 @@ def acr_difference(ours: list[dict], others: list[dict]) -> tuple[float, float]:
     return mean_acr(ours) - mean_acr(others), error
 
 
-def interval(mean: float, error: float, digits: str) -> str:
-    values = mean, mean - 1.96 * error, mean + 1.96 * error
-    return "{} ({} to {})".format(*[format(value, digits) for value in values])
+def interval(mean: float, error: float, form: str) -> str:
+    """The mean, with its 95 % interval."""
+    return form.format(mean, mean - 1.96 * error, mean + 1.96 * error)
 
 
 def markdown(titles: list[str], rows: list[list]) -> str:
     lines = [titles, ["---"] * len(titles), *rows]
-    texts = [" | ".join(str(entry) for entry in line) for line in lines]
-    return "\n".join(f"| {text} |" for text in texts)
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def headline_table(cells: list[dict]) -> str:
-    """The float networks and ARQ with n = 10,000; 95 % intervals, paired over images."""
-    titles = ["sigma", "network", "BitOPs, %", "bytes", "ACR", "less base's"]
-    titles += ["accuracy, %", "less base's", "clean, %"]
-    groups = [[at(cells, name, s, 0.015, 10_000) for name in HEADLINE] for s in SIGMAS]
+    """The float networks and ARQ with n = 10,000; intervals are paired over images."""
     rows = []
-    for base, *others in [group for group in groups if group[0]]:
-        for c in sum(others, base):
-            right, base_right = ([radius > 0 for radius in d["radii"]] for d in (c, *base))
-            mean, error = paired(right, base_right)
-            gains = [interval(*acr_difference([c], base), "+.4f")]
-            gains += [interval(100 * mean, 100 * error, "+.1f")]
-            if c["method"] == "base":
-                gains = ["", ""]
-            row = [f"{c['sigma']:g}", c["method"], f"{100 * c['bitops_ratio']:.3f}"]
-            row += [f"{c['size_bytes']:,}", arq.cut(c["acr"]), gains[0]]
-            rows.append(
-                [*row, f"{100 * c['accuracy']:.1f}", gains[1], f"{100 * c['clean']:.1f}"]
-            )
-    return markdown(titles, rows)
+    chosen = [c for s in SIGMAS for name in HEADLINE for c in at(cells, name, s, 0.015, 10_000)]
+    for c in chosen:
+        base = at(cells, "base", c["sigma"], 1.0, 10_000)
+        right, base_right = ([radius > 0 for radius in d["radii"]] for d in (c, *base))
+        mean, error = paired(right, base_right)
+        gain = interval(*acr_difference([c], base), "{:+.4f} ({:+.4f} to {:+.4f})")
+        gain_right = interval(100 * mean, 100 * error, "{:+.1f} ({:+.1f} to {:+.1f})")
+        if c["method"] == "base":
+            gain = gain_right = ""
+        row = [f"{c['sigma']:g}", c["method"], f"{100 * c['bitops_ratio']:.3f}"]
+        row += [f"{c['size_bytes']:,}", arq.cut(c["acr"]), gain]
+        row += [f"{100 * c['accuracy']:.1f}", gain_right, f"{100 * c['clean']:.1f}"]
+        rows.append(row)
+    titles = ["sigma", "network", "BitOPs, %", "bytes", "ACR", "less base's"]
+    return markdown([*titles, "accuracy, %", "less base's", "clean, %"], rows)
+
+
+def count(seeds: list[dict]) -> str:
+    return f" ({len(seeds)})" if len(seeds) > 1 else ""
 
 
 def acr_table(cells: list[dict]) -> str:
@@ -354,13 +324,10 @@ def acr_table(cells: list[dict]) -> str:
     rows = []
     for method in FLOAT + METHODS:
         seeds = [at(cells, method, *place) for place in PLACES]
-        rows.append([method, *[marked(arq.cut(mean_acr(c)), c) if c else "" for c in seeds]])
+        texts = [arq.cut(mean_acr(some)) + count(some) if some else "" for some in seeds]
+        rows.append([method, *texts])
     titles = [f"{sigma:g}, {100 * budget:g} %" for sigma, budget in PLACES]
     return markdown(["method; sigma, budget", *titles], rows)
-
-
-def marked(text: str, seeds: list[dict]) -> str:
-    return f"{text} ({len(seeds)})" if len(seeds) > 1 else text
 
 
 def difference_table(cells: list[dict], ours: str = "ARQ") -> str:
@@ -371,21 +338,12 @@ def difference_table(cells: list[dict], ours: str = "ARQ") -> str:
         row = [method]
         for place in places:
             seeds, others = at(cells, ours, *place), at(cells, method, *place)
-            difference = acr_difference(seeds, others) if others else ()
-            row.append(marked("{:+.4f} ({:.4f})".format(*difference), seeds) if others else "")
+            if others:
+                text = "{:+.4f} ({:.4f})".format(*acr_difference(seeds, others))
+            row.append(text + count(seeds) if others else "")
         rows.append(row)
     titles = [f"{sigma:g}, {100 * budget:g} %" for sigma, budget in places]
     return markdown([f"{ours} less", *titles], [row for row in rows if any(row[1:])])
-
-
-def tables_of(cells: list[dict]) -> str:
-    parts = {
-        "The float networks and ARQ with n = 10,000": headline_table(cells),
-        "ACR": acr_table(cells),
-        "ARQ against each other method": difference_table(cells),
-        "ARQ with 600 episodes against each other": difference_table(cells, "ARQ" + LONG),
-    }
-    return "\n".join(f"## {title}\n\n{table}\n" for title, table in parts.items())
 
 
 def main(argv=None) -> None:
@@ -401,15 +359,17 @@ def main(argv=None) -> None:
         parser.error(f"--cells: no cell is named so; one is {name_of(CELLS[0])}")
     RESULTS.mkdir(parents=True, exist_ok=True)
     for c in [] if options.table else wanted:
-        name = name_of(c)
-        if name in map(name_of, read_cells()):
+        if name_of(c) in map(name_of, read_cells()):
             continue
-        print(f"{name} ...", flush=True)
+        print(f"{name_of(c)} ...", flush=True)
         try:
             append(run(c, Frame(c, options.data, options.checkpoints)))
         except (ValueError, OSError) as error:  # a missing file, another frame's folder
             parser.error(str(error))
-    print(tables_of(read_cells()))
+    cells = read_cells()
+    print("\nWith n = 10,000:\n", headline_table(cells), "\nACR:\n", acr_table(cells), sep="\n")
+    for ours in ("ARQ", "ARQ" + LONG):
+        print("", difference_table(cells, ours), sep="\n")
 
 
 if __name__ == "__main__":

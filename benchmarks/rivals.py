@@ -112,8 +112,7 @@ def evaluate_accuracy(policy, cache, start, train_images, images, config, final=
     models.set_policy(quantized, policy)
     num_batches = config.episode_batches * (2 if final else 1)
     arq.train(quantized, train_images, config, num_batches, arq.EPISODE_LR, "episode")
-    network = arq.integer_network(quantized, config)
-    return accuracy(network, images, config)
+    return accuracy(arq.integer_network(quantized, config), images, config)
 
 
 @torch.inference_mode()
@@ -205,7 +204,7 @@ def nipq(base, table, budget, calibrate, train, num_batches, weight=2.0) -> mode
 
 # ---- LIMPQ ----
 class WidthSteps(models.LSQ):
-    """LIMPQ's operand (Tang et al., ECCV 2022): a step size for each width. Its gradient is over
+    """LIMPQ's operand (Tang et al., ECCV 2022): a step size for each width, with gradients over
     sqrt(N Q), as in LSQ (section 2.2), where models.LSQ has Q^2 sqrt(N)."""
 
     def __init__(self, channels: int | None = None):
@@ -270,10 +269,9 @@ def assign(table, budget: float, importance, balance: float = 2.0) -> models.Pol
     costs = [s_a[a] + balance * s_w[w] for s_w, s_a in importance for w, a in PAIRS]
     ends = sum(layer.macs * models.FIRST_LAST_BITS**2 for layer in (table[0], table[-1]))
     total = budget * sum(layer.macs for layer in table) * models.FLOAT_BITS**2
-    # One pair of widths for each layer.
     layer_of_choice = torch.eye(len(inner)).repeat_interleave(len(PAIRS), 1)
     one_each = LinearConstraint(layer_of_choice.numpy(), 1, 1)
-    # Divided by the budget: the solver's tolerance is absolute. The last millionth stays unused.
+    # Divided by the budget, for an absolute tolerance; the last millionth stays unused.
     shares = [[layer.macs * w * a / total for layer in inner for w, a in PAIRS]]
     within = LinearConstraint(shares, -math.inf, 1 - ends / total - 1e-6)
     program = {"integrality": 1, "bounds": Bounds(0, 1), "constraints": [one_each, within]}
