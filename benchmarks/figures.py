@@ -133,8 +133,8 @@ def draw_search(records: list[dict]):
     styles = {"episode": ("o", "black"), "finalist, evaluated again": ("D", "tab:red")}
     for name, (marker, color) in styles.items():
         chosen = [record for record in records if ("finalist" in record) == (marker == "D")]
-        x, y = zip(*[(record["episode"] + 1, record["acr"]) for record in chosen])
-        panel.plot(x, y, marker, color=color, label=name)
+        x = [record["episode"] + 1 for record in chosen]
+        panel.plot(x, [record["acr"] for record in chosen], marker, color=color, label=name)
     panel.set(xlabel="episode", ylabel="ACR, search images")
     add_legend(figure, 2)
     return figure

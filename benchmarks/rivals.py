@@ -36,7 +36,7 @@ def fill(table, policy, budget: float) -> models.Policy:
     while policy != before:
         before = policy
         for layer in table[1:-1]:
-            for operand in (arq.WEIGHT, arq.INPUT):
+            for operand in (0, 1):  # a policy has [weight bits, input bits]
                 wider = copy.deepcopy(policy)
                 wider[layer.name][operand] += 1
                 possible = wider[layer.name][operand] <= models.MAX_BITS
