@@ -367,9 +367,9 @@ def main(argv=None) -> None:
         except (ValueError, OSError) as error:  # a missing file, another frame's folder
             parser.error(str(error))
     cells = read_cells()
-    print("\nWith n = 10,000:\n", headline_table(cells), "\nACR:\n", acr_table(cells), sep="\n")
-    for ours in ("ARQ", "ARQ" + LONG):
-        print("", difference_table(cells, ours), sep="\n")
+    tables = [headline_table(cells), acr_table(cells)]
+    tables += [difference_table(cells), difference_table(cells, "ARQ" + LONG)]
+    print("", *tables, sep="\n\n")
 
 
 if __name__ == "__main__":

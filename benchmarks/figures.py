@@ -7,7 +7,7 @@ Of a run: policy.png (bits per layer), radii.png (certified accuracy over radius
 (ACR by episode), into its folder. Of the comparison, from results/compare/cells.jsonl:
 comparison.png (the paper's Figure 1), sizes.png (Figure 3), policies.png (Figure 4), radii.png
 and searches.png. Error bars are 95 % intervals over images of the difference to the float base;
-seeds are averaged. It needs matplotlib. """
+seeds are averaged. It needs matplotlib."""
 
 import argparse
 import json

@@ -30,8 +30,7 @@ PAIRS = [(w, a) for w in WIDTHS for a in WIDTHS]  # of weight and input bits
 
 # ---- no search ----
 def fill(table, policy, budget: float) -> models.Policy:
-    """One bit more for each operand where it fits, in rounds, from the first layer's weights
-    on."""
+    """One bit more for each operand where it fits, in rounds, the first layer's weights first."""
     before = None
     while policy != before:
         before = policy

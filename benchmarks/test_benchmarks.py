@@ -2,8 +2,11 @@
 
 import copy
 import importlib
+import itertools
 import json
 import math
+import re
+import shutil
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,19 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import arq
 import certify
 import models
-from benchmarks import (
-    attack,
-    certificates,
-    compare,
-    limpq,
-    networks,
-    operations,
-    proxy,
-    recipe,
-    rivals,
-    shared,
-    surrogate,
-)
+from benchmarks import attack, certificates, compare, networks, operations, rivals
 from benchmarks.incremental import certify_incremental, paired_lower_bound
 from certify import Smooth
 from ddpg import DDPGConfig
@@ -198,63 +189,59 @@ def test_a_run_killed_and_continued_leaves_the_same_files():
 
 
 # ---- rival ways to choose the bits ----
-
-
 def layers(count: int) -> list[models.Layer]:
     """Layers in a row, of 1,000, 2,000, ... MACs between two small ones."""
     macs = [100, *range(1000, 1000 * count - 1000, 1000), 100]
     return [models.Layer(f"l{i}", 3, 4, 3, 1, 8, 100, m, False) for i, m in enumerate(macs)]
 
 
-@pytest.mark.parametrize("budget", [0.012, 0.02, 0.03])
-def test_uniform_leaves_no_room_for_another_bit(budget):
+def test_uniform_leaves_no_room_for_another_bit():
     table = layers(6)
-    policy = rivals.uniform(table, budget)
-    assert models.bitops_ratio(table, policy) <= budget
-    assert rivals.fill(table, policy, budget) == policy
-    assert policy["l0"] == policy["l5"] == [8, 8]
+    for budget in (0.012, 0.02, 0.03):
+        policy = rivals.uniform(table, budget)
+        assert models.bitops_ratio(table, policy) <= budget
+        assert rivals.fill(table, policy, budget) == policy
+        assert policy["l0"] == policy["l5"] == [8, 8]
 
 
 def test_the_integer_program_finds_the_best_of_all_policies():
-    """Three inner layers, 117,649 policies, random importance: the least sum of those within the budget."""
-    table, widths = layers(5), torch.arange(9.0)
-    generator = torch.Generator().manual_seed(0)
-    importance = [torch.rand(2, 1, generator=generator) * 2**-widths for _ in range(3)]
-    for budget in (0.0075, 0.0165, 0.028):
-        policy = rivals.assign(table, budget, importance)
-        assert models.bitops_ratio(table, policy) <= budget
-        found, best = 0.0, torch.zeros(())
-        bitops = torch.zeros(())
-        for i, (layer, (s_w, s_a)) in enumerate(zip(table[1:-1], importance)):
-            shape = [49 if axis == i else 1 for axis in range(3)]
-            best = best + (s_a[2:] + 2 * s_w[2:, None]).reshape(shape)
-            bitops = bitops + (layer.macs * widths[2:, None] * widths[2:]).reshape(shape)
-            w, a = policy[layer.name]
-            found += float(s_a[a] + 2 * s_w[w])
-        allowed = budget * 6200 * 1024 - 64 * 200
-        assert found == pytest.approx(float(best[bitops <= allowed].min()), rel=1e-5)
+    """Two inner layers, 2,401 policies, random importance: the least sum within the budget."""
+    table = layers(4)
+    steps = torch.rand(2, 2, 9, generator=torch.Generator().manual_seed(0))
+    importance = steps * 2 ** -torch.arange(9.0)
+    for budget in (0.0085, 0.0165, 0.028):
+        costs = {}
+        for pairs in itertools.product(rivals.PAIRS, repeat=2):
+            policy = models.uniform_policy(table, 2) | {"l1": [*pairs[0]], "l2": [*pairs[1]]}
+            if models.bitops_ratio(table, policy) <= budget:
+                costs[pairs] = sum(a[i] + 2 * w[b] for (w, a), (b, i) in zip(importance, pairs))
+        best = rivals.assign(table, budget, importance)
+        assert (*best["l1"], *best["l2"]) == sum(min(costs, key=costs.get), ())
 
 
-def best_found(kind: type, seed: int) -> float:
-    """The least distance to a policy that just fits, by one bit and operand, in 60 evaluations."""
+def best_found(agent_class: type, seed: int) -> float:
+    """The least distance to a policy that just fits, by one bit and operand, of 60
+    evaluations."""
     table = layers(12)
     target = rivals.uniform(table, 0.016)
     environment = arq.BitWidthEnvironment(table, 0.0161)
 
     def evaluate(policy, cache):
-        return -sum(abs(a - b) for name in target for a, b in zip(target[name], policy[name])) / 20
+        return -sum(abs(a - b) for name in target for a, b in zip(target[name], policy[name]))
 
-    agent = kind(environment.state_size, seed, DDPGConfig(episodes=60, warmup_episodes=20))
+    agent = agent_class(
+        environment.state_size, seed, DDPGConfig(episodes=60, warmup_episodes=20)
+    )
     cache = certify.ReplayCache([certify.Certificate(0, 0, 0, 1.0, 1, "")], None, "")
-    return max(r["acr"] for r in arq.search(lambda: cache, environment, agent, evaluate))
+    return max(record["acr"] for record in arq.search(cache, environment, agent, evaluate))
 
 
 def test_evolution_beats_random_policies():
     """In four of five seeds; in one it is level."""
-    kinds = rivals.EvolutionAgent, rivals.RandomAgent
-    found = [[best_found(kind, seed) for kind in kinds] for seed in range(5)]
-    assert all(evolved >= random for evolved, random in found)
-    assert sum(evolved > random for evolved, random in found) >= 4
+    classes = rivals.EvolutionAgent, rivals.RandomAgent
+    pairs = [[best_found(agent, seed) for agent in classes] for seed in range(5)]
+    assert all(evolved >= random for evolved, random in pairs)
+    assert sum(evolved > random for evolved, random in pairs) >= 4
 
 
 def test_evolution_tries_no_bits_twice():
@@ -283,121 +270,50 @@ class TwoBranches(nn.Module):
         return self.last((self.used(x) + 1e-4 * idle).relu().mean((2, 3)))
 
 
-def test_steps_of_the_published_scale_learn_faster():
-    """Q^2 sqrt(N) over sqrt(N Q), from the same start: 18.5 at 4 bits."""
-    v, gradients = torch.randn(2, 9, generator=torch.Generator().manual_seed(0)), []
-    for kind in (models.LSQ, rivals.PublishedScale):
-        one = kind(2)
-        one.observe(v)
-        one.set_bits(4)
-        one(v).square().sum().backward()
-        gradients.append(one.step.grad)
-    assert torch.allclose(gradients[1], 7**1.5 * gradients[0])
-
-
-@pytest.mark.parametrize("signed", [True, False])
-def test_noise_in_place_of_rounding_has_the_gradients_of_autograd(signed):
-    """Of NIPQ's operand, inside the range, beyond it, and for a range per channel."""
-    generator = torch.Generator().manual_seed(0)
-    v, alpha = torch.randn(3, 50, generator=generator), torch.rand(3, 1, generator=generator) + 0.5
-    weights, outcomes = torch.randn(3, 50, generator=generator), []
-    for written_out in (True, False):
-        of = [one.clone().requires_grad_() for one in (v, alpha, alpha / 7)]
-        torch.manual_seed(1)
-        if written_out:
-            out = rivals.ClipWithNoise.apply(*of, signed)
-        else:
-            low = -of[1] if signed else torch.zeros_like(alpha)
-            noise = (torch.rand_like(v) - 0.5) * ((v > low) & (v < of[1]))
-            out = torch.minimum(torch.maximum(of[0], low), of[1]) + noise * of[2]
-        outcomes.append([out, *torch.autograd.grad((out * weights).sum(), of)])
-    assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*outcomes))
-
-
 def test_bits_learned_by_gradient_go_where_they_matter():
-    """NIPQ within a budget gives the branch that the logits rest on more bits, though forcing and filling
-    favour the other. LIMPQ meets the budget, and its steps of every width have learned. The network that they
-    are given stays as it is."""
+    """NIPQ gives the branch that the logits rest on more bits, though forcing and filling
+    favour the other. LIMPQ's steps of every width learn. The network they are given stays as it
+    is."""
     torch.manual_seed(0)
     net, config = TwoBranches(), arq.parse_config(["--batch-size", "64", "--device", "cpu"])
-    images = arq.draw_shapes(1000, seed=0, size=32)
+    images, learned = arq.draw_shapes(1000, seed=0, size=32), []
     arq.train(net, images, config, 60, 0.1, "base")
-    before, table = copy.deepcopy(net.state_dict()), models.quantize_model(copy.deepcopy(net), 32)
+    before, table = (
+        copy.deepcopy(net.state_dict()),
+        models.quantize_model(copy.deepcopy(net), 32),
+    )
 
-    learned = []
-
-    def train(classifier, loss):
+    def train(classifier, num_batches, loss):
+        arq.train(classifier, images, config, num_batches, 0.05, loss=loss)
         quantizer = models.quant_layers(classifier)["used"].weight_quantizer
-        joint = isinstance(quantizer, rivals.WidthSteps)
-        arq.train(classifier, images, config, 20 if joint else 200, 0.05, loss=loss)
-        if joint:
-            moved = (quantizer.steps != quantizer.initial_steps).any(1)
-            learned.extend(moved[models.MIN_BITS :].tolist())
+        if isinstance(quantizer, rivals.WidthSteps):
+            learned.extend((quantizer.steps != quantizer.initial_steps).any(1).tolist())
 
-    def calibrate(classifier):
-        arq.calibrate(classifier, images, config)
-
-    budget = 0.035
-    for method in (partial(rivals.nipq, steps=300), rivals.limpq):  # 200 at a higher rate
-        policy = method(net, table, budget, calibrate, train)
-        assert models.bitops_ratio(table, policy) <= budget
-        if method is not rivals.limpq:
-            assert rivals.fill(table, policy, budget) == policy
-            assert sum(policy["used"]) > sum(policy["idle"])
-    assert learned == [True] * len(rivals.WIDTHS)
+    calibrate = partial(compare.calibrate, images=images, config=config)
+    policy = rivals.nipq(net, table, 0.035, calibrate, train, num_batches=200)
+    assert rivals.fill(table, policy, 0.035) == policy
+    assert sum(policy["used"]) > sum(policy["idle"])
+    assert models.bitops_ratio(table, policy) <= 0.035
+    policy = rivals.limpq(net, table, 0.035, calibrate, train, num_batches=20)
+    assert models.bitops_ratio(table, policy) <= 0.035
+    assert learned[models.MIN_BITS :] == [True] * len(rivals.WIDTHS)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-def test_a_shared_network_has_met_a_policy_per_batch(monkeypatch):
-    """Under the budget, each batch another; what comes out are the float network's weights, trained."""
-    command = "--batch-size 4 --budget 0.02 --image-size 32 --device cpu"
-    config, met, set_policy = arq.parse_config(command.split()), [], models.set_policy
-    base = models.build_classifier("resnet8", 10).eval()
-    table = models.quantize_model(copy.deepcopy(base), 32)
-    environment = arq.BitWidthEnvironment(table, config.budget)
-    monkeypatch.setattr(models, "set_policy", lambda net, bits: met.append(bits) or set_policy(net, bits))
-    of = *arq.hold_out(arq.draw_shapes(40, seed=0, size=32), 4), config
-    before, state = copy.deepcopy(base.state_dict()), shared.train_shared(base, environment, *of, 1.0)
-    assert len(met) == 9 and all(one != other for one, other in zip(met, met[1:]))
-    assert all(models.bitops_ratio(table, policy) <= config.budget for policy in met)
-    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
-    base.load_state_dict(state)
-    changed = {name for name, value in before.items() if not torch.equal(state[name], value)}
-    assert changed == set(before) - {"mean", "std"}
-
-
-def test_the_accuracy_reward_is_the_share_of_images_that_are_right():
-    net, config = TwoBranches().eval(), arq.parse_config(["--device", "cpu"])
-    images = arq.draw_shapes(60, seed=0, size=32)
-    table = models.quantize_model(net, 32)
-    arq.calibrate(net, images, config)
-    evaluator = arq.PolicyEvaluator(net, lambda classifier: None, None)
-    x = images.batch(range(60))
-    accuracy = rivals.accuracy_evaluator(evaluator, x, images.labels, config)
-    policy = models.uniform_policy(table, 4)
-    found = accuracy(policy, None)
-    models.set_policy(net, policy)
-    classes = models.integer_network(net)(x).argmax(1)
-    assert found == pytest.approx(float((classes == torch.tensor(images.labels)).double().mean()))
-
-
-@pytest.mark.slow
-def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, capsys):
-    """On drawn images, tiny: a method's cell meets the budget, its ACR is that of its certificates, the
-    paired difference that of base's; a finished cell is not computed again."""
-    monkeypatch.setattr(compare, "OUT", tmp_path / "results")
-    monkeypatch.setattr(compare, "WORK", tmp_path / "runs")
-    words = "--dataset shapes --device cpu --episodes 3 --finalists 1 --search-images 12 --image-size 16"
-    words += " --search-n 40 --n-p 20 --finetune-epochs 0.03 --images 6 --n0 20 --distill 0.5"
-    monkeypatch.setattr(compare, "FRAME", words)
-    monkeypatch.setattr(compare, "STEPS", 1)
+# ---- the comparison ----
+def test_a_cell_rests_on_its_certificates_and_is_made_once(tmp_path, monkeypatch, capsys):
+    """On drawn images, tiny: a cell meets the budget, its radii are those of its certificates,
+    cut; the shared network has trained; what is there is not made again, a cut line is."""
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(compare, "RUNS", tmp_path / "runs")
+    words = "--dataset shapes --device cpu --finalists 1 --search-images 12 --image-size 16"
+    words += " --search-n 40 --n-p 20 --episodes 3 --episode-batches 1 --finetune-epochs 0.03"
+    monkeypatch.setattr(compare, "FRAME", words + " --images 6 --n0 20 --distill 0.5")
     monkeypatch.setattr(compare, "HAQ_IMAGES", 50)
     monkeypatch.setattr(compare, "SHARED_EPOCHS", 0.05)
-    left_out = ("random", "ARQ estimate")  # they go the way of evolution and ARQ
-    methods = [one for one in [*compare.FLOAT, *compare.METHODS] if one not in left_out]
-    methods += ["ARQ 24 steps", "ARQ by recipe"]
-    cells = [compare.cell(method, 0.25, 0.02) for method in methods]
-    monkeypatch.setattr(compare, "CELLS", [cell | {"n": 50} for cell in cells])
+    methods = "base control ARQ HAQ evolution LIMPQ NIPQ uniform".split()
+    cells = [compare.cell(method, 0.25, 0.02, n=50) for method in methods]
+    monkeypatch.setattr(compare, "CELLS", cells)
     torch.manual_seed(0)
     base = models.build_classifier("resnet8", 10)
     config = arq.parse_config("--device cpu --batch-size 64".split())
@@ -405,158 +321,76 @@ def test_a_cell_of_the_comparison_rests_on_its_files(tmp_path, monkeypatch, caps
     torch.save(base.state_dict(), tmp_path / "resnet20_cifar10_sigma0.25.pt")
     command = ["--data", str(tmp_path), "--checkpoints", str(tmp_path)]
     compare.main(command)
-    found = {cell["method"]: cell for cell in compare.finished()}
-    assert sorted(found) == sorted(methods)
-    base_rows = certify.read_certificates(compare.OUT / "sigma0.25-budget1-base-seed0-n50.tsv")
-    for method, cell in found.items():
-        rows = certify.read_certificates(compare.OUT / f"{compare.name_of(cell)}.tsv")
-        assert cell["acr"] == certify.average_certified_radius(rows) and len(rows) == 6
-        assert cell["acr_difference"]["mean"] == certify.acr_difference(rows, base_rows)[0]
-        assert cell["evaluations"] == (4 if method in compare.AGENTS else 0)
-        if method in compare.AGENTS:  # three episodes, and a finalist for twice as long
-            times = {"ARQ 24 steps": 2, "ARQ by recipe": 4}.get(method, 1)
-            steps = (3 + 2) * times + (0 if method == "ARQ by recipe" else 3)  # it starts from the base
-            assert cell["training_images_of_the_choice"] == steps * 128
-        assert (cell["bitops_ratio"] == 1) if method in compare.FLOAT else (cell["bitops_ratio"] <= 0.02)
+    for c, finished in zip(cells, compare.read_cells(), strict=True):
+        assert c.items() <= finished.items() and finished["bitops_ratio"] <= c["budget"]
+        folder = tmp_path / "runs" / compare.name_of(c | {"n": 1000})
+        rows = certify.read_certificates(folder / "certificates-n50.tsv")
+        exact = torch.tensor([row.radius * row.correct for row in rows], dtype=torch.float64)
+        assert finished["acr"] == certify.average_certified_radius(rows)
+        cut = exact - torch.tensor(finished["radii"], dtype=torch.float64)
+        assert (cut >= 0).all() and (cut < 1e-5).all() and len(cut) == 6
+        searched = c["method"] in compare.AGENTS
+        assert len(finished.get("search_acr", [])) == (3 if searched else 0)
+    start = arq.read_state(tmp_path / "runs" / "shared-sigma0.25-seed0-budget0.02" / "start.pt")
+    trained = {name for name, v in base.state_dict().items() if not torch.equal(v, start[name])}
+    assert trained == set(start) - {"mean", "std"}
+    file = compare.RESULTS / "cells.jsonl"
+    whole = file.read_text()
+    file.write_text(whole[:-9])  # as a kill leaves it
     capsys.readouterr()
     compare.main(command)
-    printed = capsys.readouterr().out
-    assert "..." not in printed and all(method in printed for method in found)
-
-
-def test_a_cells_stages_rest_on_each_other_and_wait_for_their_turn(tmp_path, monkeypatch, capsys):
-    """Another product of the first stage drops the second; a folder in use is waited for."""
-    tries, hold = [], arq.hold
-
-    def busy_once(path):
-        tries.append(path)
-        arq.refuse(len(tries) == 1, f"another process is at work on {path}")
-        return hold(path)
-
-    monkeypatch.setattr(arq, "hold", busy_once)
-    monkeypatch.setattr(compare.time, "sleep", lambda seconds: None)
-    (tmp_path / "base.pt").write_bytes(b"weights")
-    frame = object.__new__(compare.Frame)
-    frame.config = arq.parse_config(["--checkpoint", str(tmp_path / "base.pt"), "--device", "cpu"])
-    frame.train_images, frame.base = arq.draw_shapes(100, seed=0, size=8), nn.Flatten()
-    stages = frame.stages(tmp_path / "cell", "choose", "fine-tune")
-    assert len(tries) == 2 and "waiting" in capsys.readouterr().out
-    first, second, made = tmp_path / "policy.json", tmp_path / "model.json", []
-
-    def finetune(state, save):
-        made.append(json.loads(first.read_text()))
-        return made[-1]
-
-    for bits in (4, 4, 5):
-        stages.do("choose", first, lambda state, save, bits=bits: bits)
-        stages.do("fine-tune", second, finetune)
-        first.unlink()
-    assert made == [4, 5]
+    assert capsys.readouterr().out.count("seed0-n50 ...") == 1
+    assert compare.read_cells() == [json.loads(line) for line in whole.splitlines()]
 
 
 def test_what_is_written_of_the_comparison_is_what_its_cells_hold():
-    """Each finished cell's figures are those of its certificates and its policy. TABLES.md holds every table,
-    results/README.md those that it speaks of, README.md the two short ones and no other row."""
-    table = models.quantize_model(models.build_classifier("resnet20", 10).eval(), 32)
-    cells = compare.finished()
-    for cell in cells:
-        file = compare.OUT / f"{compare.name_of(cell)}.tsv"
+    """Headline cells are those of their certificates and networks; results/README.md has the
+    two tables, and each difference that its findings state is one of the computed ones."""
+    cells = compare.read_cells()
+    names = [compare.name_of(c) for c in compare.CELLS]
+    assert sorted(map(compare.name_of, cells)) == sorted(names)
+    base_rows = {}
+    for c in [c for c in cells if c["n"] == 10_000]:
+        file = compare.RESULTS / f"{compare.name_of(c)}.tsv"
         rows = certify.read_certificates(file)
-        assert len(rows) == 500 and all(row.n == cell["n"] and row.sigma == cell["sigma"] for row in rows)
-        assert cell["acr"] == pytest.approx(certify.average_certified_radius(rows))
-        assert cell["accuracy"] == certify.certified_accuracy(rows, 0)
-        base = compare.name_of(cell | {"method": "base", "budget": 1.0, "seed": 0})
-        of_base = compare.against_base(file, compare.OUT / f"{base}.tsv")
-        assert all(cell[name] == value for name, value in of_base.items())
-        assert cell["bitops_ratio"] == models.bitops_ratio(table, cell["policy"]) <= cell["budget"]
-        packed = file.with_suffix(".arq")
-        if packed.exists():
-            assert models.load_model(packed)[2]["policy"] == cell["policy"]
-            assert arq.digest(packed.read_bytes()) == cell["network"]
-    assert (compare.OUT / "TABLES.md").read_text() == compare.tables_of(cells)
-    first, second = ((compare.ROOT / name).read_text() for name in ("README.md", "results/README.md"))
-    headline, shown = compare.headline_of(cells), compare.summary_of(cells, compare.FLOAT + compare.SHOWN)
-    assert headline in first and shown in first
-    numbers = {*headline.splitlines(), *shown.splitlines()}
-    assert {line for line in first.splitlines() if line.count("|") in (9, 10)} == numbers
-    long = "ARQ" + compare.LONG
-    for part in (compare.summary_of(cells), compare.paired_of(cells), compare.paired_of(cells, long)):
-        assert part in second
-    assert compare.rewards_of(cells).split("\n\n")[1] in second and compare.repeated_of(cells) in second
-    assert compare.outcomes_of(cells) in second
-    (cell,) = compare.at(cells, "ARQ", 0.25, 0.006)  # one seed, so the difference is the cell's own
-    difference = "{mean:+.4f} ({standard_error:.4f})".format(**cell["acr_difference"])
-    assert compare.difference_of(cells, "ARQ", "base", 0.25, 0.006) == difference
-    same = [row["same"] for row in json.loads(limpq.OUT.read_text())]
-    assert f"{min(same)} to {max(same)} of the 40 inner operands" in second
-    names = {compare.name_of(cell) for cell in cells if cell["method"].startswith("LIMPQ")}
-    assert {row["cell"] for row in json.loads(limpq.OUT.read_text())} == names
-
-
-def test_figures_are_drawn_from_a_few_cells(tmp_path):
-    """Of one sigma, without n = 10,000 and without searches: what no cell holds is left out."""
-    pytest.importorskip("matplotlib")
-    from benchmarks import figures
-
-    for name in ("sigma0.25-budget1-base-seed0", "sigma0.25-budget0.008-uniform-seed0"):
-        for ending in (".json", ".tsv"):
-            (tmp_path / (name + ending)).write_bytes((compare.OUT / (name + ending)).read_bytes())
-    figures.main(["--cells", str(tmp_path), "--out", str(tmp_path)])
-    assert {file.stem for file in tmp_path.glob("*.png")} == {"comparison", "sizes"}
-    name = "sigma0.25-budget0.008-ARQ-seed0"
-    for ending in (".json", ".tsv"):
-        (tmp_path / (name + ending)).write_bytes((compare.OUT / (name + ending)).read_bytes())
-    figures.main(["--cells", str(tmp_path), "--out", str(tmp_path)])
-    drawn = {file.stem for file in tmp_path.glob("*.png")}
-    assert drawn == {"comparison", "sizes", "policies", "searches"}
-
-
-def test_widths_are_compared_operand_by_operand():
-    table = models.quantize_model(models.build_classifier("resnet8", 10).eval(), 32)
-    first = models.uniform_policy(table, 4)
-    second = first | {table[0].name: [4, 4], table[1].name: [4, 5]}  # the first layer does not count
-    same = limpq.same_widths(table, first, second)
-    assert len(same) == 2 * (len(table) - 2) and [i for i, one in enumerate(same) if not one] == [1]
-
-
-def test_what_is_written_of_the_recipe_is_what_its_trials_hold(capsys):
-    file = compare.ROOT / "results" / "recipe.jsonl"
-    found = [json.loads(line) for line in file.read_text().splitlines()]
-    recipe.show(found)
+        assert c["acr"] == pytest.approx(certify.average_certified_radius(rows))
+        assert c["accuracy"] == sum(radius > 0 for radius in c["radii"]) / 500
+        if c["method"] == "base":
+            base_rows[c["sigma"]] = rows
+        else:
+            base = compare.at(cells, "base", c["sigma"], 1.0, 10_000)
+            expected = certify.acr_difference(rows, base_rows[c["sigma"]])
+            assert compare.acr_difference([c], base) == pytest.approx(expected, abs=2e-6)
+        if c["method"] == "ARQ":
+            description = models.load_model(file.with_suffix(".arq"))[2]
+            assert description["policy"] == c["policy"]
     text = (compare.ROOT / "results" / "README.md").read_text()
-    assert all(line in text for line in capsys.readouterr().out.splitlines())
+    assert compare.headline_table(cells) in text and compare.acr_table(cells) in text
+    tables = [compare.difference_table(cells, ours) for ours in ("ARQ", "ARQ" + compare.LONG)]
+    findings = " ".join(text.split("### What was found")[1].split("\n##")[0].split())
+    stated = re.findall(r"[+-]0\.\d{4} \(0\.\d{4}\)", findings)
+    assert len(stated) > 10 and all(text in "".join(tables) for text in stated)
 
 
-def test_what_is_written_of_the_searches_is_what_their_files_hold():
-    """The model fits as surrogate.json says, and results/README.md holds both tables."""
-    found = json.loads(surrogate.OUT.read_text())
-    rows = [json.loads(line) for line in surrogate.REWARDS.read_text().splitlines()]
-    x = surrogate.features(torch.tensor([row["bits"] for row in rows]))
-    offsets, y = torch.tensor([row["offset"] for row in rows]), torch.tensor([row["acr"] for row in rows])
-    fit = surrogate.cross_validated(x, offsets, y.double()) | {"noise": surrogate.noise_of(rows)}
-    assert fit == pytest.approx(found["fit"])
-    text = (compare.ROOT / "results" / "README.md").read_text()
-    assert surrogate.table_of(found) in text
-    assert proxy.table_of(json.loads(proxy.OUT.read_text())) in text
-
-
-def test_the_integer_program_finds_the_best_policy_of_the_model():
-    """Within the budget, and better by the model than each policy that it was fitted to."""
-    found = json.loads(surrogate.OUT.read_text())["best"]
-    rows = [json.loads(line) for line in surrogate.REWARDS.read_text().splitlines()]
-    x = surrogate.features(torch.tensor([row["bits"] for row in rows]))
-    y, offsets = torch.tensor([row["acr"] for row in rows]), torch.tensor([row["offset"] for row in rows])
-    weights = surrogate.fit(x, offsets, y.double())
-    table = models.quantize_model(models.build_classifier("resnet20", 10).eval(), 32)
-    policy = surrogate.best_policy(table, weights)
-    assert policy == found["policy"] and models.bitops_ratio(table, policy) <= surrogate.BUDGET
-    assert found["value"] > (x @ weights[:-4] + weights[-4]).max()
+def test_figures_of_a_run_and_of_the_comparison(tmp_path, monkeypatch):
+    figures = importlib.import_module("benchmarks.figures")
+    if figures.plt is None:
+        with pytest.raises(SystemExit):
+            figures.main([])
+        return
+    run = tmp_path / "run"
+    shutil.copytree(compare.ROOT / "results" / "shapes-resnet8-sigma0.25", run)
+    figures.main([str(run)])
+    assert {file.stem for file in run.glob("*.png")} == {"policy", "radii", "search"}
+    shutil.copy(compare.RESULTS / "cells.jsonl", tmp_path)
+    monkeypatch.setattr(compare, "RESULTS", tmp_path)
+    figures.main([])
+    drawn = {"comparison", "sizes", "policies", "radii", "searches"}
+    assert {file.stem for file in tmp_path.glob("*.png")} == drawn
 
 
 # ---- the scripts ----
-
-SCRIPTS = "attack batchnorm certificates compare figures limpq luck networks operations proxy".split()
-SCRIPTS += "ranking recipe search shapes shared speed steps surrogate".split()
+SCRIPTS = "attack certificates compare figures networks operations speed".split()
 
 
 def test_every_script_is_tried():
@@ -566,8 +400,6 @@ def test_every_script_is_tried():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_scripts_start_and_say_what_they_measure(name, capsys):
-    if name == "figures":
-        pytest.importorskip("matplotlib")
     script = importlib.import_module(f"benchmarks.{name}")
     with pytest.raises(SystemExit) as ended:
         script.main(["--help"])
