@@ -132,7 +132,7 @@ class DDPG(nn.Module):
         count = len(self.transitions[0])
         rows = torch.randint(count, (config.batch_size,), generator=self.generator)
         state, action, reward, next_state, done = (c[rows] for c in self.transitions)
-        # b moves half of the way to the mini-batch's mean reward
+        # The critic learns (r - b) / scale; b moves half way to the mini-batch's mean reward.
         mean = float(reward.mean())
         baseline = mean if self.baseline is None else self.baseline
         self.baseline = baseline + config.baseline_rate * (mean - baseline)
