@@ -36,6 +36,9 @@ def test_radius_worked_by_hand():
     assert certify.certified_radius(0.9, 0.5, 0.05) == pytest.approx(both)
     nothing = certify.certified_radius([0.2, 0.5, 0.0, 1.0], 1.0, [0.8, 0.5, 0.0, 1.0])
     assert nothing.tolist() == [0] * 4
+    for k, n, alpha in ((3, 2, 0.1), (-1, 2, 0.1), (0, 0, 0.1), (1, 2, 0.0), (1, 2, 1.0)):
+        with pytest.raises(ValueError, match="must"):
+            certify.lower_confidence_bound(k, n, alpha)
     with pytest.raises(ValueError, match="between 0 and 1"):
         certify.certified_radius(1.2, 1.0)
     nine, ten = (certify.lower_confidence_bound(n, n, 0.001) for n in (9, 10))
@@ -57,15 +60,6 @@ def test_bounds_invert_the_exact_binomial_tail():
     below = torch.as_tensor(binom.cdf(k, n, high))[k < n]
     assert torch.allclose(above, alpha[k > 0], rtol=1e-6, atol=0)
     assert torch.allclose(below, alpha[k < n], rtol=1e-6, atol=0)
-
-
-def test_bounds_rise_with_the_count_and_refuse_impossible_ones():
-    bounds = certify.lower_confidence_bound(torch.arange(101), 100, 0.001)
-    assert (bounds.diff() > 0).all()
-    assert bounds[50] == certify.lower_confidence_bound(50, 100, 0.001)
-    for k, n, alpha in ((3, 2, 0.1), (-1, 2, 0.1), (0, 0, 0.1), (1, 2, 0.0), (1, 2, 1.0)):
-        with pytest.raises(ValueError):
-            certify.lower_confidence_bound(k, n, alpha)
 
 
 PUBLISHED_RADII = "0.377 0.465 0.587 0.601 0.358 0.536 0.383 0.251 0.0841 0.953 0.0288 0.00431"
@@ -94,39 +88,6 @@ def draw(probabilities, n: int, seed: int = 0) -> torch.Tensor:
 
 def radii_of(rows) -> torch.Tensor:
     return torch.tensor([row.radius for row in rows], dtype=torch.float64)
-
-
-@pytest.mark.parametrize("n, p", [(200, 0.93), (1000, 0.7), (40, 0.5)])
-def test_coverage_of_single_bounds(n, p):
-    """At 0.05 as often above the truth as allowed; at four times that, more often."""
-    votes = draw([1 - p, p], n).sum(1)
-    for bound, count, truth, sign in (
-        (certify.lower_confidence_bound, votes, p, 1),
-        (certify.upper_confidence_bound, n - votes, 1 - p, -1),
-    ):
-        failed = [int((sign * (bound(count, n, a) - truth) > 0).sum()) for a in (0.05, 0.2)]
-        assert failed[0] <= ALLOWED < failed[1]
-
-
-class Votes(Smooth):
-    """Samples of known probabilities: class 0 is selected, `outcomes` (B, n) bound it."""
-
-    def __init__(self, outcomes: torch.Tensor, num_classes: int):
-        super().__init__(None, num_classes, 1.0)
-        self.outcomes = outcomes
-
-    def predictions(self, images, ids, sizes, key):
-        table = self.outcomes[:, : int(sizes.max())].to(torch.uint8)
-        return torch.zeros_like(table) if "select" in key else table
-
-
-def test_coverage_of_both_radii_of_a_certificate():
-    g = Votes(draw([0.7, 0.2, 0.1], 300), 3)
-    rows = g.certify([None] * TRIALS, [0] * TRIALS, n0=1, n=300, alpha=0.05)
-    one, two = radii_of(rows), radii_of(certify.two_sided(rows))
-    assert (one > norm.ppf(0.7)).sum() <= ALLOWED
-    assert (two > (norm.ppf(0.7) - norm.ppf(0.2)) / 2).sum() <= ALLOWED
-    assert two.mean() > one.mean()
 
 
 class Outcomes(Smooth):
@@ -159,21 +120,6 @@ class Outcomes(Smooth):
         assert radii.mean() > 0.3 * self.truth
         fresh = sum(row.method == "fresh" for row in rows)
         return int((radii > self.truth).sum()), fresh
-
-
-JOINTS = [
-    ((0.70, 0.04, 0.01), (0.02, 0.12, 0.01), (0.0, 0.01, 0.09)),
-    ((0.96, 0.01, 0.0), (0.0, 0.02, 0.0), (0.0, 0.0, 0.01)),
-]
-
-
-@pytest.mark.parametrize("joint", JOINTS)
-@pytest.mark.parametrize("gamma", [1e-9, 0.9, 1 - 1e-9])  # all fresh, either, all replayed
-def test_coverage_of_incremental_radii(joint, gamma):
-    """alpha + alpha_zeta = 0.05: at most that share of radii exceeds the true one."""
-    failed, fresh = Outcomes(joint, 1000, alpha=0.03).violations(200, 0.02, gamma)
-    assert failed <= ALLOWED
-    assert gamma == 0.9 or fresh == (TRIALS if gamma < 0.5 else 0)
 
 
 # P[both say c_A], P[only f], P[only f^P], n, n_p, alpha, alpha_zeta; gamma is 0.95
@@ -540,9 +486,9 @@ def test_what_names_no_class_is_refused(method):
         ("not finite", constant(inf, 0.0, inf)),
         ("not finite", constant(-inf, -inf)),
         ("1 logits", constant(1.0)),
-        (r"logits \(10, classes\), not .*tuple", lambda x: (x, x)),
-        ("not .*dict", lambda x: {"out": x}),
-        ("not .*10, 3, 4, 4", lambda x: x),
+        ("no logits.* tuple", lambda x: (x, x)),
+        ("no logits.* dict", lambda x: {"out": x}),
+        ("no logits.*10, 3, 4, 4", lambda x: x),
     ]
     for words, classifier in refused:
         with pytest.raises(ValueError, match=words):
