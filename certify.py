@@ -140,7 +140,7 @@ class IncrementalCertificate(NamedTuple):  # of f^P
 class Smooth:
     """The smoothed classifier g of a callable f. num_classes may be None.
     seed, purpose: name the noise; equal names draw equal noise
-    batch_size: samples per forward pass; integer networks answer alike in any
+    batch_size: samples per forward pass
     Guarantees hold in real, not in floating-point arithmetic (Voracek, Hein 2023).
     ValueError: pixels beyond [0, 1], repeated ids, training mode, logits of no class."""
 
@@ -152,12 +152,12 @@ class Smooth:
         self.classifier, self.num_classes = classifier, num_classes
         self.sigma, self.batch_size = sigma, batch_size
         self.key = f"{seed}|{purpose}"  # equal keys replay the noise
-        self.samples = 0  # noisy images that f has classified so far
+        self.samples = 0  # noisy images that f has classified
 
     def certify(self, images, labels, ids=None, n0=100, n=1000, alpha=0.001):
         """CERTIFY (Cohen et al., section 3.2.2): a Certificate per image.
         Unless it abstains, g predicts `predict` everywhere closer than `radius`, with
-        probability at least 1 - alpha. ids name the noise (default: positions)."""
+        probability at least 1 - alpha each. ids name the noise (default: positions)."""
         return self.certify_and_cache(images, labels, ids, n0, n, alpha, False).certificates
 
     def certify_and_cache(
@@ -231,7 +231,7 @@ class Smooth:
         p_replayed = (p_a - zeta).clamp(min=0)
         # else:
         fresh = right & ~replay
-        #     counts <- SampleUnderNoise(f^P, x, n_p, sigma), with noise of its own
+        #     counts <- SampleUnderNoise(f^P, x, n_p, sigma), on fresh noise
         new = self.predictions(images, ids, fresh * n_p, cache.key + "/fresh")
         #     p <- LowerConfBound(counts[c_A], n_p, alpha)
         votes = (new == selected[:, None]).sum(1)
