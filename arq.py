@@ -227,11 +227,12 @@ def train(
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["batch"]
-    network = share_gradients(classifier.train())
+    classifier.train()
+    network = nn.parallel.DistributedDataParallel(classifier) if WORLD > 1 else classifier
     labels = torch.tensor(images.labels)
     per_epoch = len(images) // batch_size
     seed = hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()
-    progress = Progress(purpose if save else "", "batches", num_batches, first)
+    began = time.monotonic()
     for start in range(first, num_batches, per_epoch):
         torch.manual_seed(int.from_bytes(seed[:4], "little") + start // per_epoch)
         end = min(start + per_epoch, num_batches)
@@ -251,13 +252,15 @@ def train(
             optimizer.zero_grad()
             (WORLD * losses.sum() / batch_size).backward()  # processes average their gradients
             optimizer.step()
-            progress(index + 1)
+            if save is not None:
+                show_progress("batch", index + 1, num_batches, first, began)
         if save is not None:
             finite = losses.isfinite().all()
             require(finite, f"{purpose}: infinite loss at batch {end}; try another --seed")
             parts = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict()}
             save({**parts, "batch": end})
-    share_buffers(classifier)
+    for buffer in classifier.buffers() if WORLD > 1 else ():
+        distributed.broadcast(buffer, 0)  # BatchNorm's statistics were each process's own
     classifier.eval()
 
 
@@ -389,7 +392,8 @@ def run_search(environment, evaluate, cache, config, log, state, save, agent_cla
     if state is not None:
         agent.load_state_dict(state["agent"])
         records = state["records"]
-    agent.act = by_rank_0(agent.act)
+    act = agent.act
+    agent.act = lambda state: gather(act(state))[0]  # all processes take rank 0's actions
     began = time.monotonic()
 
     def keep(record: dict) -> None:
@@ -397,9 +401,9 @@ def run_search(environment, evaluate, cache, config, log, state, save, agent_cla
         record["seconds"] = round(time.monotonic() - began, 3)
         began = time.monotonic()
         records.append(record)
-        save({"agent": agent.state_dict(), "records": records})
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
         write_whole(log, "".join(lines).encode())
+        save({"agent": agent.state_dict(), "records": records})
 
     for record in search(cache, environment, agent, evaluate):
         record["bitops_ratio"] = models.bitops_ratio(environment.table, record["policy"])
@@ -445,10 +449,10 @@ def certify_images(network, images: ImageSet, config: Config, purpose: str, stat
     is_cache = purpose == "search"
     n = config.search_n if is_cache else config.n
     rows, predictions, key = state or ([], torch.zeros(0, n, dtype=torch.uint8), "")
-    progress = Progress("certifying", "images", len(images), len(rows))
-    for first in range(len(rows), len(images), WORLD * max(1, 10_000 // n)):
-        indices = range(len(images))[first : first + WORLD * max(1, 10_000 // n)]
-        part = images.subset(indices)
+    done, began = len(rows), time.monotonic()
+    size = WORLD * max(1, 10_000 // n)
+    for first in range(done, len(images), size):
+        part = images.subset(range(first, min(first + size, len(images))))
         pixels = part.batch(range(len(part)), config.device)
         sampling = (
             config.n0,
@@ -461,7 +465,7 @@ def certify_images(network, images: ImageSet, config: Config, purpose: str, stat
         if is_cache:
             predictions, key = torch.cat([predictions, block.predictions]), block.key
         save((rows, predictions, key))
-        progress(len(rows))
+        show_progress("image", len(rows), len(images), done, began)
     if is_cache:
         return rows, predictions, key
     text = io.StringIO()
@@ -546,8 +550,9 @@ def lock(path: Path):
 
 def take_along(config: Config, folder: RunFolder) -> None:
     """With --checkpoint runs/X/base.pt: the base's certificates of runs/X, if options agree."""
-    source = Path(config.checkpoint or "").parent
-    if config.checkpoint is None or not (source / "config.json").exists():
+    checkpoint = Path(config.checkpoint or "")
+    source = checkpoint.parent
+    if checkpoint.name != "base.pt" or not (source / "config.json").exists():
         return
     before = read_json(source / "config.json")
     common = "arch image_size sigma seed n0 alpha device search_images".split()
@@ -591,18 +596,16 @@ def read_json(path: Path):
 
 def read_policy(config: Config, table: list[Layer]) -> Policy:
     """--policy: a bit-width for all layers, forced under the budget, or a file that fits."""
-    given, names = f"--policy {config.policy}", [layer.name for layer in table]
+    names = [layer.name for layer in table]
     if config.policy.isdigit():
         policy = models.uniform_policy(table, int(config.policy))
         models.check_policy(names, policy)
-        ratio = models.bitops_ratio(table, policy)
-        print(f"{given}: {ratio:.6f} of the float BitOPs, forced under {config.budget:g}")
         return models.enforce_budget(table, policy, config.budget)
     policy = read_json(Path(config.policy))
     models.check_policy(names, policy)
     ratio = models.bitops_ratio(table, policy)
     fits = ratio <= config.budget
-    require(fits, f"{given} costs {ratio:.6f} of the float BitOPs; raise --budget")
+    require(fits, f"--policy {config.policy} costs {ratio:.6f} of the BitOPs; raise --budget")
     return policy
 
 
@@ -709,7 +712,8 @@ def complete_config(given: dict) -> Config:
         require(
             agrees, f"{flag(name)} is {saved.get(name)} in {given.get('evaluate')}; omit it"
         )
-    preset = PRESETS[given.get("dataset", saved.get("dataset", "shapes"))]
+    dataset = given.get("dataset", saved.get("dataset", "shapes"))
+    preset = PRESETS.get(dataset, PRESETS["folder"])  # a packed network may name its own
     config = Config(**{**preset, **saved, **given})
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     if config.device == "auto":
@@ -750,25 +754,38 @@ class ImageSet:
     labels: list[int]
     classes: list[str]
     size: int
-    source: Tensor | list[str]  # uint8 (N, 3, size, size), or files, decoded when needed
+    source: list  # uint8 (3, size, size) each, or a file that is decoded when needed
     ids: list[int] | None = None  # positions in the whole set, which name the images' noise
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def subset(self, indices: list[int]) -> ImageSet:
+    def subset(self, indices) -> ImageSet:
         """These images; ids keep their positions in the whole set."""
-        in_memory = isinstance(self.source, Tensor)
-        source = self.read(indices) if in_memory else [self.source[i] for i in indices]
         ids = self.ids or range(len(self))
-        labels, ids = [self.labels[i] for i in indices], [ids[i] for i in indices]
-        return dataclasses.replace(self, labels=labels, ids=ids, source=source)
+        columns = [[column[i] for i in indices] for column in (self.labels, self.source, ids)]
+        labels, source, ids = columns
+        return dataclasses.replace(self, labels=labels, source=source, ids=ids)
 
     def read(self, indices) -> Tensor:
         """uint8 images (len(indices), 3, size, size). Raises ValueError."""
-        if isinstance(self.source, Tensor):
-            return self.source[torch.as_tensor(indices)]
-        return torch.stack([read_image(self.source[i], self.size) for i in indices])
+        sources = [self.source[i] for i in indices]
+        return torch.stack([s if isinstance(s, Tensor) else self.decode(s) for s in sources])
+
+    def decode(self, path: str) -> Tensor:
+        """RGB uint8 (3, size, size): shorter side resized, centre cropped, no EXIF turn."""
+        size = self.size
+        try:
+            with Image.open(path) as file:
+                eight_bits = file.mode[0] not in "IF"
+                require(eight_bits, f"mode {file.mode} has no fixed range: save it with 8 bits")
+                image = TF.pil_to_tensor(file.convert("RGB"))
+        except Exception as error:  # decoders raise many kinds for broken files
+            message = f"{path}: no readable image ({str(error)[:80]}); repair or remove it"
+            raise ValueError(message) from None
+        if image.shape[1:] != (size, size):
+            image = TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])
+        return image
 
     def batch(self, indices, device="cpu") -> Tensor:
         """Float images (len(indices), 3, size, size) in [0, 1]."""
@@ -776,9 +793,8 @@ class ImageSet:
 
     def batches(self, batches: list) -> Iterator[Tensor]:
         """uint8 images for each indices of many; processes decode large ones ahead."""
-        large = isinstance(self.source, list) and self.size > 64
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = max(1, min(16, (os.cpu_count() or 1) // processes)) if large else 0
+        workers = max(1, min(16, (os.cpu_count() or 1) // processes)) if self.size > 64 else 0
         # Starting workers must not move the generator that training draws from.
         settings = {"num_workers": workers, "generator": torch.Generator()}
         yield from DataLoader(batches, None, collate_fn=self.read, **settings)
@@ -802,21 +818,6 @@ def hold_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
     return images.subset(others), images.subset(held_out)
 
 
-def read_image(path: str, size: int) -> Tensor:
-    """RGB uint8 (3, size, size): shorter side resized, centre cropped, no EXIF turn."""
-    try:
-        with Image.open(path) as file:
-            eight_bits = file.mode[0] not in "IF"
-            require(eight_bits, f"mode {file.mode} has no fixed range: save it with 8 bits")
-            image = TF.pil_to_tensor(file.convert("RGB"))
-    except Exception as error:  # decoders raise many kinds for broken files
-        reason = str(error)[:80]
-        raise ValueError(f"{path}: no readable image ({reason}); repair or remove it") from None
-    if image.shape[1:] != (size, size):
-        image = TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])
-    return image
-
-
 def load_images(config: Config, train: bool) -> ImageSet:
     """The training or the test set. Raises ValueError where it is missing or too small."""
     root, size = Path(config.data), config.image_size
@@ -830,13 +831,12 @@ def load_images(config: Config, train: bool) -> ImageSet:
         images = ImageSet(labels, tree.classes, size, paths)
         if size <= 64 and len(paths) * size**2 < 2**28:  # below 1 GB: decoded once
             print(f"decoding {len(paths)} images of {folder}", flush=True)
-            images.source = images.read(range(len(paths)))
+            images.source = [images.decode(path) for path in paths]
     elif config.dataset == "cifar10":
         images = read_cifar10(root, train, size)
     else:
         raise ValueError(f"--data {root}: no image tree, train/<class>/*, and test/ or val/")
-    several = len(images.classes) > 1
-    require(several, f"--data {root}: at least two classes are needed")
+    require(len(images.classes) > 1, f"--data {root}: at least two classes are needed")
     needed = config.search_images + config.batch_size if train else config.images
     asked = "--search-images and a --batch-size need" if train else "--images"
     enough = needed <= len(images)
@@ -856,7 +856,7 @@ def read_cifar10(root: Path, train: bool, size: int) -> ImageSet:
     labels, order = torch.tensor(data.targets).sort(stable=True)
     pixels = torch.from_numpy(data.data)[order].permute(0, 3, 1, 2)
     pixels = TF.resize(pixels, [size, size]).contiguous()
-    return ImageSet(labels.tolist(), data.classes, size, pixels)
+    return ImageSet(labels.tolist(), data.classes, size, list(pixels))
 
 
 SHAPES = {  # what is inside each shape, by coordinates u, v and b = max(|u|, |v|) in [-1, 1]
@@ -896,7 +896,7 @@ def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
         ground = uniform(0.25, 0.75, k, 3, 1, 1) + mottle
         image = ground + uniform(0.15, 0.45, k, 1, 1, 1) * sign * mask
         pixels.append(image.clamp(0, 1).mul(255).round().to(torch.uint8))
-    return ImageSet(labels, list(SHAPES), size, torch.cat(pixels))
+    return ImageSet(labels, list(SHAPES), size, list(torch.cat(pixels)))
 
 
 # ---- processes of torchrun: rank 0 writes and prints ----
@@ -905,36 +905,12 @@ RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
 MINE = slice(RANK, None, WORLD)  # this process's part of a batch
 
 
-def start_processes(device: str) -> None:
-    """nccl on GPUs, one each, and gloo on CPUs."""
-    if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    backend = "nccl" if device == "cuda" else "gloo"
-    distributed.init_process_group(backend, timeout=timedelta(days=1))
-    sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-
-
 def gather(value) -> list:
     """Every process's value, by rank, in every process; waits for all."""
     values = [value] * WORLD
     if WORLD > 1:
         distributed.all_gather_object(values, value)
     return values
-
-
-def by_rank_0(function: Callable) -> Callable:
-    """The function, answered in all processes by rank 0."""
-    return lambda *arguments: gather(function(*arguments))[0]
-
-
-def share_gradients(classifier: nn.Module) -> nn.Module:
-    return nn.parallel.DistributedDataParallel(classifier) if WORLD > 1 else classifier
-
-
-def share_buffers(classifier: nn.Module) -> None:
-    """Rank 0's BatchNorm statistics in all processes, where each had its own."""
-    for buffer in classifier.buffers() if WORLD > 1 else ():
-        distributed.broadcast(buffer, 0)
 
 
 class SharedSmooth(Smooth):
@@ -948,30 +924,20 @@ class SharedSmooth(Smooth):
         return sum(gather(F.pad(table, (0, missing))))  # zeros where others sampled
 
 
-def smooth(network: nn.Module, classes: list[str], config: Config, purpose: str) -> Smooth:
+def smooth(network, classes: list[str], config: Config, purpose: str) -> Smooth:
     """The smoothed classifier of a run. purpose names its noise."""
     settings = config.sigma, config.seed, config.eval_batch, purpose
     return SharedSmooth(network, len(classes), *settings)
 
 
 # ---- reports ----
-class Progress:
-    """One line on a terminal: how far, how fast, how long to go. Silent without a label."""
-
-    def __init__(self, label: str, unit: str, total: int, done: int = 0):
-        self.label, self.unit, self.total, self.first = label, unit, total, done
-        self.began = self.last = time.monotonic()
-        self.visible = bool(label) and sys.stderr.isatty() and RANK == 0
-
-    def __call__(self, done: int) -> None:
-        now = time.monotonic()
-        if self.visible and (done == self.total or now - self.last > 0.2):
-            self.last = now
-            rate = (done - self.first) / (now - self.began)
-            left = timedelta(seconds=round((self.total - done) / rate))
-            text = f"{self.label}: {done}/{self.total} {self.unit}, {rate:.3g}/s, {left} left"
-            text = "" if done == self.total else text
-            print(f"\r  {text:<90}\r", end="", file=sys.stderr, flush=True)
+def show_progress(label: str, done: int, total: int, first: int, began: float) -> None:
+    """One line on a terminal: how far, how fast, how long to go."""
+    if sys.stderr.isatty() and RANK == 0:
+        rate = (done - first) / (time.monotonic() - began)
+        left = timedelta(seconds=round((total - done) / rate))
+        line = f"{label} {done}/{total}, {rate:.3g}/s, {left} left" if done < total else ""
+        print(f"\r  {line:<90}\r", end="", file=sys.stderr, flush=True)
 
 
 def summarize(rows, network, table, policy: Policy, config: Config, file: Path) -> dict:
@@ -1002,25 +968,20 @@ def cut(value) -> str:
     return "none" if value is None else str(value)
 
 
-REPORTED = "accuracy", "acr", "abstained", "bitops_ratio", "file_bytes", "backend"
-
-
 def report(results: dict, folder: RunFolder) -> None:
     """Write results.json and print it, the float base and ARQ side by side."""
     write_whole(folder.path / "results.json", {**results, "seconds": folder.seconds})
-    columns = {"network": results}
+    columns = [results]
     if "base" in results:
-        columns = {"float base": results["base"], "ARQ": results}
-    setting = "sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} per image".format(**results)
-    print(f"\n{results['images']} test images, {setting}")
-    print(f"{'':<20}" + "".join(f"{name:>14}" for name in columns))
-    for name in REPORTED:
-        cells = [cut(column[name]) for column in columns.values()]
-        print(f"{name.replace('_', ' '):<20}" + "".join(f"{cell:>14}" for cell in cells))
+        columns = [results["base"], results]
+        print(f"\n{'':<14}{'float base':>14}{'ARQ':>14}")
+    for name in ("accuracy", "acr", "abstained", "bitops_ratio", "file_bytes", "backend"):
+        print(f"{name:<14}" + "".join(f"{cut(column[name]):>14}" for column in columns))
     if "acr_difference" in results:
         mean, error = results["acr_difference"].values()
         print(f"ACR less the base's, same images: {mean:+.4f}, standard error {cut(error)}")
-    print(f"written to {folder.path}/", flush=True)
+    setting = "sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} per image".format(**results)
+    print(f"{results['images']} test images, {setting}; in {folder.path}/", flush=True)
 
 
 def main(argv=None) -> int:
@@ -1032,7 +993,11 @@ def main(argv=None) -> int:
     try:
         config = parse_config(argv)
         if WORLD > 1:
-            start_processes(config.device)
+            if config.device == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            backend = "nccl" if config.device == "cuda" else "gloo"
+            distributed.init_process_group(backend, timeout=timedelta(days=1))
+            sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
         evaluate_saved(config) if config.evaluate else run(config)
         return 0
     except KeyboardInterrupt:

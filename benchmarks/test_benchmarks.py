@@ -1,4 +1,4 @@
-"""Properties of the benchmarks' own code: sharper incremental certificates, and scripts that start."""
+"""Properties of the benchmarks' own code, and scripts that start."""
 
 import copy
 import importlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from scipy.stats import binom, norm
+from scipy.stats import binom
 from torch import nn
 from torch.nn import functional as F
 
@@ -18,301 +18,183 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import arq
 import certify
 import models
-from benchmarks import compare, incremental, limpq, proxy, recipe, rivals, shared, surrogate
-from certify import ABSTAIN, Smooth
+from benchmarks import (
+    attack,
+    certificates,
+    compare,
+    limpq,
+    networks,
+    operations,
+    proxy,
+    recipe,
+    rivals,
+    shared,
+    surrogate,
+)
+from benchmarks.incremental import certify_incremental, paired_lower_bound
+from certify import Smooth
 from ddpg import DDPGConfig
 
-KEY = "0|certificate"
+# ---- incremental certificates, sharper than IRS ----
 TRIALS = 1000
-ALLOWED = binom.ppf(0.999, TRIALS, 0.05)  # so many violations in 1,000 trials are still chance at 0.05
+ALLOWED = binom.ppf(0.999, TRIALS, 0.05)  # so many violations of 1,000 are still chance at 0.05
 
 
 def draw(probabilities, n: int, seed: int = 0) -> torch.Tensor:
     """(TRIALS, n) independent outcomes 0, 1, ... of known probabilities."""
     generator = torch.Generator().manual_seed(seed)
-    outcomes = torch.multinomial(torch.as_tensor(probabilities), TRIALS * n, True, generator=generator)
+    probabilities = torch.as_tensor(probabilities)
+    outcomes = torch.multinomial(probabilities, TRIALS * n, True, generator=generator)
     return outcomes.view(TRIALS, n)
 
 
-# ---- the paired bound ----
-
-
 # P[f and f^P say c_A], P[only f], P[only f^P], P[neither]
-JOINT = [(0.7, 0.05, 0.02, 0.23), (0.93, 0.0, 0.0, 0.07), (0.55, 0.2, 0.15, 0.1), (0.9, 0.07, 0.0, 0.03)]
-
-
-@pytest.mark.parametrize("joint", JOINT)
+@pytest.mark.parametrize("joint", [(0.7, 0.05, 0.02, 0.23), (0.9, 0.07, 0.0, 0.03)])
 @pytest.mark.parametrize("m, n", [(30, 300), (200, 400)])
-@pytest.mark.parametrize("factor", [1, 5])
-def test_coverage_of_the_paired_bound(joint, m, n, factor):
+def test_coverage_of_the_paired_bound(joint, m, n):
     """Whatever is bet; and near the truth where the bet is the one that the counts call for."""
     pairs = draw(joint, m)
-    both, lost, gained = ((pairs == kind).sum(1) for kind in range(3))
+    counts = [(pairs == outcome).sum(1) for outcome in range(3)]
     p_f, p = joint[0] + joint[1], joint[0] + joint[2]
     k = draw([1 - p_f, p_f], n, seed=1).sum(1)
-    w, one = n / (n + m), torch.ones(TRIALS)
+    ones, w = torch.ones(TRIALS), n / (n + m)
     variance = joint[0] * (1 - w) ** 2 + joint[1] * w**2 + joint[2] - (p - w * p_f) ** 2
-    bet = factor * math.sqrt(6 / (m * variance + 1))
-    bound = incremental.paired_lower_bound(both, lost, gained, m * one, k, n * one, 0.05, bet * one)
-    assert (bound > p).sum() <= ALLOWED
-    assert factor > 1 or bound.mean() > p - 5 * math.sqrt(variance / m) - 5 / m
+    bet = math.sqrt(6 / (m * variance + 1)) * ones
+    for bets in (bet, 5 * bet):
+        bound = paired_lower_bound(*counts, m * ones, k, n * ones, 0.05, bets)
+        assert (bound > p).sum() <= ALLOWED
+        assert bets is not bet or bound.mean() > p - 5 * math.sqrt(variance / m) - 5 / m
 
 
 def test_the_paired_bound_spends_its_alpha():
-    """Where few changes decide, alpha used at four times its value violates the test above.
-
-    f's probability is known from many samples; the bound fails when no change is seen: 0.93 ** 30 = 0.11.
-    """
-    both, lost, gained = 0.5, 0.07, 0.0
-    m, n, one = 30, 10**7, torch.ones(TRIALS)
-    pairs = draw([both, lost, gained, 1 - both - lost - gained], m)
-    counts = [(pairs == kind).sum(1) for kind in range(3)]
-    k = ((both + lost) * n * one).round()
-
-    def violations(alpha):
-        bound = incremental.paired_lower_bound(*counts, m * one, k, n * one, alpha, 9 * one)
-        return int((bound > both + gained).sum())
-
-    assert violations(0.05) <= ALLOWED < violations(0.2)
+    """Where few changes decide, four times alpha violates the test above: f is known from many
+    samples; the bound fails where no change is seen, 0.93 ** 30 = 0.11."""
+    m, n, ones = 30, 10**7, torch.ones(TRIALS)
+    pairs = draw([0.5, 0.07, 0.0, 0.43], m)
+    counts = [(pairs == outcome).sum(1) for outcome in range(3)]
+    k = (0.57 * n * ones).round()
+    failures = []
+    for alpha in (0.05, 0.2):
+        bound = paired_lower_bound(*counts, m * ones, k, n * ones, alpha, 9 * ones)
+        failures.append(int((bound > 0.5).sum()))
+    assert failures[0] <= ALLOWED < failures[1]
 
 
-def test_the_paired_bound_never_exceeds_the_minimum_it_approximates():
-    """Against the docstring's formula on a dense grid of t, from below and closely."""
-    both, lost, gained, m, k, n, bet, alpha = 150, 9, 4, 200, 700, 800, 1.5, 0.01
-    w, t = n / (n + m), torch.linspace(-0.78, 0.9, 40001, dtype=torch.float64)
-    size = (0.9 / (w + t)).clamp(max=bet)
-    counts = {1 - w: both, -w: lost, 1.0: gained, 0.0: m - both - lost - gained}
-    wealth = 0.01 + 0.99 * sum(c * torch.log1p(size * (v - t)) for v, c in counts.items()).exp()
-    some = alpha * wealth < 1
-    exact = (t[some] + w * certify.lower_confidence_bound(k, n, alpha * wealth[some])).min()
-    arguments = [torch.tensor([float(x)]) for x in (both, lost, gained, m, k, n)]
-    found = float(incremental.paired_lower_bound(*arguments, alpha, torch.tensor([bet])))
-    assert exact - 0.01 < found <= exact
+def replay(joint) -> certificates.Replay:
+    """g^P on TRIALS images of class 0, by 1,000 samples of P[f = i, f^P = j] = joint[i][j]."""
+    pairs = draw(torch.tensor(joint).flatten(), 1000)
+    fresh = draw(torch.tensor(joint).sum(0), 1000, seed=7)
+    old, new = pairs // len(joint), pairs % len(joint)
+    return certificates.Replay(old, new, fresh, [0] * TRIALS, sigma=1.0)
 
 
-# ---- coverage of every radius ----
+DISAGREEING = (0.70, 0.04, 0.01), (0.02, 0.12, 0.01), (0.0, 0.01, 0.09)
+ALIKE = (0.96, 0.01, 0.0), (0.0, 0.02, 0.0), (0.0, 0.0, 0.01)
+UNRELATED = (0.72, 0.08, 0.0), (0.18, 0.02, 0.0), (0.0, 0.0, 0.0)
 
 
-class Outcomes(Smooth):
-    """g^P whose samples have known joint probabilities with those of f, in `cache`.
-
-    Trials are images. joint[i][j] = P[f = i, f^P = j]; class 0 is right. Fresh noise is drawn apart.
-    """
-
-    def __init__(self, joint, n, alpha):
-        super().__init__(None, len(joint), sigma=1.0)
-        joint = torch.tensor(joint)
-        pairs = draw(joint.flatten(), n)
-        self.new, self.fresh = pairs % len(joint), draw(joint.sum(0), n, seed=7)
-        old = pairs // len(joint)
-        rows = []
-        for i, n_a in enumerate((old == 0).sum(1).tolist()):
-            counts = {"selected": 0, "n_a": n_a, "n_b": 0, "n": n, "n0": 1}
-            rows.append(certify.Certificate(i, 0, 0, 0.0, 1, "", **counts, sigma=1.0, alpha=alpha))
-        self.cache = certify.ReplayCache(rows, old.to(torch.uint8), KEY)
-
-    def predictions(self, images, ids, sizes, key, first=0):
-        source = (self.new if key == KEY else self.fresh)[:, first : first + int(sizes.max())]
-        return (source * (torch.arange(source.shape[1]) < sizes[:, None])).to(torch.uint8)
-
-
-# f's probabilities below gamma, clearly above it, and (of the third kind) on either side by chance
-CASES = [
-    ((0.70, 0.04, 0.01), (0.02, 0.12, 0.01), (0.0, 0.01, 0.09)),
-    ((0.96, 0.01, 0.0), (0.0, 0.02, 0.0), (0.0, 0.0, 0.01)),
-    ((0.88, 0.03, 0.0), (0.01, 0.04, 0.0), (0.0, 0.0, 0.04)),
-]
-
-
-@pytest.mark.parametrize("joint", CASES)
-@pytest.mark.parametrize("both_sides", [False, True])
-@pytest.mark.parametrize("mode", incremental.MODES)
-def test_coverage_of_every_incremental_radius(mode, both_sides, joint):
-    """alpha + alpha_zeta = 0.05: at most that share of radii exceeds the true one."""
-    g = Outcomes(joint, 1000, alpha=0.025)
-    p = torch.tensor(joint, dtype=torch.float64).sum(0)
-    truth = certify.certified_radius(p[0], 1.0, p[1:].max() if both_sides else None)
-    rows = incremental.certify_incremental(g, None, g.cache, 200, 0.025, 0.9, mode, both_sides)
+@pytest.mark.parametrize("joint", [DISAGREEING, ALIKE, UNRELATED])
+def test_coverage_of_incremental_radii(joint):
+    """alpha + alpha_zeta = 0.05: at most that share of radii exceeds the true one. Fresh radii
+    are those of the votes among all passes but ten, which are the pilot's."""
+    g = replay(joint)
+    rows = certify_incremental(g, None, g.rest, g.pilot, 200, alpha_zeta=0.049)
+    truth = certify.certified_radius(sum(row[0] for row in joint), 1.0)
     radii = torch.tensor([row.radius for row in rows])
     assert (radii > truth).sum() <= ALLOWED and radii.mean() > 0.3 * truth
     assert sum(row.passes for row in rows) <= 200 * TRIALS
-
-
-def slab(edges):
-    """Three classes by the position along one direction of 16 dimensions."""
-    direction = torch.full((1, 4, 4), 1 / 4)
-
-    def classifier(x):
-        position = (x * direction).sum((1, 2, 3))
-        return F.one_hot((position > edges[0]).long() + (position > edges[1]), 3).float()
-
-    return classifier
-
-
-def test_coverage_through_sampling():
-    """Slab classifiers f and f^P, p_A and p_B in closed form: every mode's radius at 0.05, 150 images."""
-    edges, sigma, count = (-0.55, 0.95), 0.5, 150
-    below = [norm.cdf(edge / sigma) for edge in edges]
-    p_b, p_a = sorted([below[0], below[1] - below[0], 1 - below[1]])[1:]
-    f, changed = (Smooth(slab(some), 3, sigma) for some in ((-0.6, 0.9), edges))
-    images = torch.zeros(count, 1, 4, 4)
-    cache = f.certify_and_cache(images, [1] * count, n0=20, n=300, alpha=0.025)
-    for mode in incremental.MODES:
-        for sides in (False, True):
-            rows = incremental.certify_incremental(changed, images, cache, 60, 0.025, 0.99, mode, sides)
-            truth = certify.certified_radius(p_a, sigma, p_b if sides else None)
-            radii = torch.tensor([row.radius for row in rows])
-            assert (radii > truth).sum() <= binom.ppf(0.999, count, 0.05) and radii.max() > 0.3 * truth
-
-
-# ---- plans and certificates, on classifiers by one pixel ----
-
-
-class Bands(Smooth):
-    """Three classes by one pixel, so that moving its edge changes a known share. Keeps what was asked."""
-
-    def __init__(self, edge):
-        super().__init__(self.classify, 3, 0.25, batch_size=64)
-        self.edge = edge
-        self.passes = 0
-        self.keys = set()
-
-    def classify(self, x):
-        self.passes += len(x)
-        v = x[:, 0, 0, 0] - 0.1
-        return torch.stack([(v > self.edge) * 1.0, (v <= self.edge) * 1.0, (v < self.edge - 5) * 2.0], 1)
-
-    def predictions(self, images, ids, sizes, key, first=0):
-        if sizes.any():
-            self.keys.add(key)
-        return super().predictions(images, ids, sizes, key, first)
-
-
-def cached(n=1000):
-    images = torch.tensor([0.2, 0.4, 1.0, 0.0]).view(4, 1, 1, 1)  # the last one is on the wrong side
-    return images, Bands(0.0).certify_and_cache(images, [0] * 4, n=n)
-
-
-def noise_of(cache, image_id):
-    return torch.cat([certify.draw_noise(cache.key, image_id, chunk, (1, 1, 1), "cpu") for chunk in range(3)])
-
-
-def p_lower(cache, i):
-    row = cache.certificates[i]
-    return certify.lower_confidence_bound(row.n_a, row.n, row.alpha)
-
-
-def test_identical_networks_have_the_disparity_bound_of_zero():
-    images, cache = cached()
-    rows = incremental.certify_incremental(Bands(0.0), images, cache, 200, mode="paper")
-    zero = certify.upper_confidence_bound(0, 200, 0.001)
-    assert [row.zeta for row in rows[:2]] == [zero] * 2 and all(math.isnan(row.zeta) for row in rows[2:])
-    for i in (0, 1):
-        expected = certify.certified_radius(max(0.5, p_lower(cache, i) - zero), 0.25)
-        assert rows[i].radius == pytest.approx(expected)
-    rows = incremental.certify_incremental(Bands(0.0), images, cache, 200, mode="paired")
-    assert [row.difference for row in rows[:3]] == [0] * 3
-
-
-def test_paper_and_irs_are_two_routes_to_the_same_certificates():
-    images, cache = cached()
-    for gamma in (0.99, 0.0):  # gamma = 0: all fresh, at alpha
-        rows = Bands(0.05).certify_incremental(images, cache, 300, 0.002, gamma)
-        others = incremental.certify_incremental(Bands(0.05), images, cache, 300, 0.002, gamma, "paper")
-        assert [row.method.replace("replayed", "paper") for row in rows] == [row.method for row in others]
-        for row, other in zip(rows, others):
-            assert row.radius == pytest.approx(other.radius) and row.passes == other.passes
-            assert row.zeta == pytest.approx(other.zeta, nan_ok=True) and row.predict == other.predict
-
-
-def test_certificates_by_hand():
-    """Against counts made here: replayed samples below gamma; fresh ones at alpha (paper) or more (off)."""
-    images, cache = cached()
-    g = Bands(0.05)
-    paper = incremental.certify_incremental(g, images, cache, 300, 0.002, 0.99, "paper")
-    new = g.classify(images[1] + 0.25 * noise_of(cache, 1)).argmax(1)
-    zeta = certify.upper_confidence_bound(int((new != cache.predictions[1, :300]).sum()), 300, 0.002)
-    assert paper[1].zeta == pytest.approx(zeta) and 0.02 < zeta < 0.2
-    assert paper[1].radius == pytest.approx(certify.certified_radius(p_lower(cache, 1) - zeta, 0.25))
-    off = incremental.certify_incremental(g, images, cache, 300, 0.002, mode="off")
-    for rows, alpha in ((paper, 0.001), (off, 0.003)):
-        p = certify.lower_confidence_bound(300, 300, alpha)
-        assert rows[2].method == "fresh" and rows[2].radius == pytest.approx(
-            certify.certified_radius(p, 0.25)
-        )
-        assert rows[3].predict == ABSTAIN and rows[3].radius == 0
+    for i in [i for i, row in enumerate(rows) if row.method == "fresh"][:20]:
+        m = rows[i].passes - 10
+        n_a = int((g.by_noise["rest/fresh"][i, :m] == 0).sum())
+        p_a = max(0.5, certify.lower_confidence_bound(n_a, m, 0.05))
+        assert rows[i].radius == certify.certified_radius(p_a, 1.0)
 
 
 def test_the_plan_sees_no_sample_that_a_bound_uses():
-    """Predictions after the first tenth may be anything: the plan, methods and passes, is the same."""
-    images, cache = cached()
-    g = Bands(0.05)
+    """Predictions outside the pilot may be anything: methods and passes are the same."""
+    g = replay(DISAGREEING)
 
-    def plan(cache):
-        rows = incremental.certify_incremental(g, images, cache, 200)
+    def plan(cache, pilot):
+        rows = certify_incremental(g, None, cache, pilot, 300)
         return [(row.method, row.passes) for row in rows]
 
-    first = plan(cache)
-    assert {method for method, _ in first} >= {"fresh", "paired", "none"}
-    assert 590 <= sum(passes for _, passes in first) <= 600 and g.passes == sum(p for _, p in first)
-    changed = copy.deepcopy(cache)
-    changed.predictions[:, 100:] = 1 - changed.predictions[:, 100:]
-    assert plan(changed) == first
-    changed.predictions[0, :100] = 0
-    assert plan(changed) != first
+    usual = plan(g.rest, g.pilot)
+    assert {method for method, _ in usual} >= {"fresh", "paired"}
+    assert plan(g.rest._replace(predictions=1 - g.rest.predictions), g.pilot) == usual
+    assert plan(g.rest, g.pilot._replace(predictions=1 - g.pilot.predictions)) != usual
+    with pytest.raises(ValueError, match="noise of their own"):
+        plan(g.pilot, g.pilot)
 
 
-def test_bounds_leave_out_what_the_plan_saw():
-    """The difference is that of samples 100 to 289, after the tenth that the plan and its pilot of 10 had."""
-    images, cache = cached()
-    g = Bands(0.05)
-    rows = incremental.certify_incremental(g, images, cache, 200, mode="paired")
-    for i in range(3):
-        after = (g.classify(images[i] + 0.25 * noise_of(cache, i)).argmax(1) == 0)[100:290].sum()
-        before = (cache.predictions[i, 100:290] == 0).sum()
-        assert rows[i].passes == 200 and rows[i].difference == pytest.approx(int(after - before) / 190)
+def slab(edge: float) -> Smooth:
+    """Class 0 where the position along one direction of 16 dimensions exceeds edge, else 1."""
+    inside = lambda x: (x.sum((1, 2, 3)) / 4 > edge).long()  # noqa: E731
+    return Smooth(lambda x: F.one_hot(1 - inside(x), 2).float(), 2, sigma=0.5)
 
 
-def test_fresh_samples_share_no_noise_with_the_cache():
-    images, cache = cached()
-    for mode, expected in (("off", {"/fresh"}), ("paired", {""}), ("auto", {"", "/fresh"})):
-        g = Bands(0.05)
-        incremental.certify_incremental(g, images, cache, 200, mode=mode)
-        assert g.keys == {cache.key + part for part in expected}
+def test_certificates_of_a_classifier_by_its_position():
+    """More radius than IRS or fresh samples for as many passes; within the true one at 0.05;
+    none for an image of wrong class."""
+    positions = torch.linspace(-0.2, 0.75, 60)
+    images = (positions.clamp(min=0) / 4).view(60, 1, 1, 1).expand(60, 1, 4, 4)
+    labels = [int(position < 0) for position in positions]  # at 0, either class
+    f = slab(0.0)
+    caches = [f.certify_and_cache(images, labels, n=n, alpha=0.025) for n in (1800, 200)]
+    right = sum(row.selected == row.label for row in caches[0].certificates)
+    rows = certify_incremental(slab(0.02), images, *caches, 150, 0.025)
+    assert sum(row.passes for row in rows) <= 150 * right < 150 * 60
+    truth = (positions.clamp(min=0) - 0.02).abs()
+    failed = sum(row.radius > truth[i] for i, row in enumerate(rows))
+    assert failed <= binom.ppf(0.999, 60, 0.05)
+    assert all(row.radius == 0 for row in rows if row.label == 1)
+    irs = slab(0.02).certify_incremental(images, caches[0], 150, 0.025)
+    fresh = slab(0.02).certify(images, labels, n=150, alpha=0.05)
+    for others in (irs, fresh):
+        acr = sum(row.radius * row.correct for row in others if row.label == 0) / 60
+        assert certify.average_certified_radius(rows) > 1.05 * acr
 
 
-def test_passes_go_where_they_buy_radius():
-    """auto certifies more than the same number of fresh samples, and an image without hope gets none."""
-    images = torch.cat([torch.linspace(0.05, 0.5, 30), torch.full((10,), 1.0)]).view(40, 1, 1, 1)
-    cache = Bands(0.0).certify_and_cache(images, [0] * 40, n=2000)
-    acr = {}
-    for mode in incremental.MODES:
-        rows = incremental.certify_incremental(Bands(0.01), images, cache, 200, mode=mode)
-        acr[mode] = certify.average_certified_radius(rows)
-    assert acr["auto"] > 1.05 * acr["off"] and acr["auto"] > acr["paper"]
-    assert any(row.method == "none" and row.radius == 0 for row in rows)
+def test_passes_needed_are_found_between_sizes():
+    assert certificates.passes_needed([100, 400], [0.8, 1.0]) == pytest.approx(200)
+    assert certificates.passes_needed([100, 400], [0.95, 1.0]) == 100
+    assert certificates.passes_needed([100, 400], [0.5, 0.6]) is None
 
 
-@pytest.mark.parametrize("mode", incremental.MODES)
-def test_images_of_the_wrong_class_cost_no_samples(mode):
-    images, cache = cached()
-    g = Bands(0.0)
-    incremental.certify_incremental(g, images, cache, 100, mode=mode)
-    assert 285 <= g.passes <= 300
+# ---- attacks, networks, operations, speed ----
+def test_an_attacker_breaks_a_linear_classifier_beyond_its_radius_and_not_within():
+    """Class 0 where w.x > b: R = margin / norm of w, for the smoothed classifier, too."""
+    w, generator = torch.full((1, 3, 8, 8), 0.1), torch.Generator().manual_seed(0)
+    x = 0.5 + 0.02 * torch.randn(6, 3, 8, 8, generator=generator)
+    x[:, 0] = 0  # pixels that cannot become darker
+    margin = (x * w).sum((1, 2, 3)) - 6.2
+
+    def classifier(x):
+        score = 20 * ((x * w).sum((1, 2, 3)) - 6.2)
+        return torch.stack([score, -score], 1)
+
+    radius = margin.abs() / w.norm()
+    labels = classifier(x).argmax(1)
+    for reach in (0.999, 1.5):
+        moved = attack.attack(classifier, x, labels, reach * radius, 0.25, generator)
+        distance = (moved - x).flatten(1).norm(dim=1)
+        assert (distance <= reach * radius + 1e-5).all()
+        assert 0 <= moved.min() <= moved.max() <= 1
+        assert ((classifier(moved).argmax(1) == labels) == (reach < 1)).all()
 
 
-def test_what_cannot_be_certified_is_refused():
-    images, cache = cached()
-    for options, words in (
-        ({"n_p": 1001}, "the 1000 cached"),
-        ({"n_p": 501, "mode": "paired"}, "half of the 1000 cached"),
-        ({"n_p": 100, "mode": "sharp"}, "unknown mode"),
-        ({"n_p": 100, "alpha_zeta": 0.9995}, "below 1"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            incremental.certify_incremental(Bands(0.0), images, cache, **options)
-    with pytest.raises(ValueError, match="sigma"):
-        incremental.certify_incremental(Smooth(None, 3, 0.5), images, cache, 100)
+def test_networks_are_quantized_or_refused(monkeypatch):
+    monkeypatch.setitem(networks.PRE_ACTIVATION, "wide_resnet28_2", (8, [8, 16], 1))
+    row = networks.compare_arithmetic("wide_resnet28_2")
+    assert row["backend"] == "int8" and row["layers"] == 7 and float(row["median"]) < 1e-3
+    assert "Encoder" in networks.compare_arithmetic("vit_b_16")["refused"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_and_continued_leaves_the_same_files():
+    words = "--image-size 16 --epochs 1 --episodes 2 --episode-batches 1 --finetune-epochs 0.1 "
+    words += "--images 4 --n 20 --search-images 9 --search-n 20 --n-p 10 --finalists 1 "
+    found = operations.kills(1, words + "--alpha 0.1 --sigma 0.05 --device cpu")
+    assert found["differing"] == [] and len(found["kills"]) == 1
 
 
 # ---- rival ways to choose the bits ----
@@ -673,8 +555,8 @@ def test_the_integer_program_finds_the_best_policy_of_the_model():
 
 # ---- the scripts ----
 
-SCRIPTS = "attack batchnorm certificates compare figures limpq luck networks proxy".split()
-SCRIPTS += "ranking recipe resume scale search shapes shared speed steps surrogate".split()
+SCRIPTS = "attack batchnorm certificates compare figures limpq luck networks operations proxy".split()
+SCRIPTS += "ranking recipe search shapes shared speed steps surrogate".split()
 
 
 def test_every_script_is_tried():
