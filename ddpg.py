@@ -160,6 +160,5 @@ class DDPG(nn.Module):
         self.actor_optimizer.load_state_dict(state["optimizers"][0])
         self.critic_optimizer.load_state_dict(state["optimizers"][1])
         self.replay = deque(state["replay"], self.config.replay_episodes)
-        self.transitions = None
         self.baseline, self.episode = state["baseline"], state["episode"]
         self.generator.set_state(state["generator"])
