@@ -1,13 +1,13 @@
-"""The figures, from the finished cells of compare.py under results/compare/.
+"""Figures of a run, and of the comparison.
 
-    python benchmarks/figures.py [--cells DIR] [--out DIR]
+    python benchmarks/figures.py runs/shapes-resnet8-sigma0.25-budget0.015-seed0
+    python benchmarks/figures.py
 
-It needs matplotlib, and writes comparison.png (the paper's Figure 1: ACR and clean accuracy over BitOPs),
-sizes.png (Figure 3: the same over model size), policies.png (Figure 4: bits per layer), radii.png (certified
-accuracy over radius) and searches.png (rewards by evaluation). Error bars are 95 % intervals over images of
-the difference to the float base; seeds are averaged. What no finished cell holds is left out, and so are
-variants in the first two: compare.SHOWN names what they draw.
-"""
+Of a run: policy.png (bits per layer), radii.png (certified accuracy over radius) and search.png
+(ACR by episode), into its folder. Of the comparison, from results/compare/cells.jsonl:
+comparison.png (the paper's Figure 1), sizes.png (Figure 3), policies.png (Figure 4), radii.png
+and searches.png. Error bars are 95 % intervals over images of the difference to the float base;
+seeds are averaged. It needs matplotlib. """
 
 import argparse
 import json
@@ -15,220 +15,246 @@ import statistics
 import sys
 from pathlib import Path
 
-import matplotlib
 import torch
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
+try:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+except ImportError:  # main says what to do
+    plt = None
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import arq  # noqa: E402
 import certify  # noqa: E402
 from benchmarks import compare  # noqa: E402
 
-# Markers tell methods apart in grey, too; ARQ alone is red. Hollow: a variant of the filled one.
+# Markers tell methods apart in grey, too; ARQ alone is red.
 STYLES = {  # color, marker, line
     "ARQ": ("tab:red", "o", "-"),
-    "ARQ 24 steps": ("tab:red", "*", ":"),
     "ARQ 600 episodes": ("tab:red", "P", "--"),
-    "ARQ estimate": ("tab:pink", "o", ":"),
-    "ARQ from f": ("tab:red", "o", ":"),
     "uniform": ("black", "s", "--"),
     "evolution": ("tab:blue", "^", "-"),
     "evolution 600 episodes": ("tab:cyan", "X", ":"),
     "random": ("dimgray", "x", ":"),
     "LIMPQ": ("tab:green", "D", "-."),
-    "LIMPQ 24 steps": ("tab:green", "*", ":"),
     "HAQ": ("tab:orange", "v", "--"),
     "NIPQ": ("tab:purple", "p", "-."),
-    compare.MODEL: ("tab:brown", "*", ":"),
 }
+FLOAT_LINES = {"base": ("black", "--", "float base")}
+FLOAT_LINES["control"] = ("gray", ":", "float, fine-tuned alike")
 
 
 def style_of(method: str) -> dict:
     style = dict(zip(("color", "marker", "linestyle"), STYLES[method]))
-    hollow = {"markerfacecolor": "white"} if method.endswith(" from f") else {}
-    return style | hollow | {"markersize": 6, "zorder": 3 + (method == "ARQ")}
+    return style | {"markersize": 6, "zorder": 4 if method == "ARQ" else 3}
 
 
-def read_cells(folder: Path, n: int = 1000) -> list[dict]:
-    """Finished cells with that n, each with its certificates."""
-    cells = [json.loads(file.read_text()) | {"file": file} for file in sorted(folder.glob("*.json"))]
-    cells = [cell for cell in cells if cell["n"] == n]
-    for cell in cells:
-        cell["rows"] = certify.read_certificates(cell["file"].with_suffix(".tsv"))
-    return cells
+def panels(count: int, columns: int, width: float, height: float):
+    """A figure of so many panels, each of this size in inches."""
+    rows = -(-count // columns)
+    size = width * columns, height * rows
+    figure, axes = plt.subplots(
+        rows, columns, figsize=size, layout="constrained", squeeze=False
+    )
+    for panel in axes.flat[count:]:
+        panel.axis("off")
+    return figure, axes.flat[:count]
 
 
-def seeds_averaged(cells: list[dict], method: str, sigma: float) -> list[list[dict]]:
-    """The cells of a method, by budget: lists of those that differ in their seeds."""
-    some = of(cells, method, sigma)
-    return [[c for c in some if c["budget"] == b] for b in sorted({c["budget"] for c in some})]
+def add_legend(figure, ncols: int) -> None:
+    """One legend below, of what any panel shows."""
+    pairs = [zip(*panel.get_legend_handles_labels()) for panel in figure.axes]
+    lines = {text: line for pair in pairs for line, text in pair}
+    where = {"loc": "outside lower center", "ncols": ncols, "frameon": False}
+    figure.legend(lines.values(), lines, **where)
 
 
-def of(cells: list[dict], method: str, sigma: float | None = None) -> list[dict]:
-    found = [c for c in cells if c["method"] == method and sigma in (None, c["sigma"])]
-    return sorted(found, key=lambda c: c["bitops_ratio"])
+# ---- panels of both ----
+def plot_policy(panel, policy: dict, title: str) -> None:
+    """Bits per layer: dots for weights, crosses for inputs."""
+    weights, inputs = zip(*policy.values())
+    layers = range(1, len(policy) + 1)
+    panel.plot(layers, weights, "o", color="black", label="weights")
+    crosses = {"color": "tab:red", "markersize": 8, "markeredgewidth": 2}
+    panel.plot(layers, inputs, "x", label="activations", **crosses)
+    panel.set(
+        title=title, ylim=(1.5, 8.5), ylabel="bits", xlabel="layer, in order of execution"
+    )
 
 
-def sigmas_of(cells: list[dict]) -> list[float]:
-    return sorted({cell["sigma"] for cell in cells})
+def plot_radii(panel, radii: list[float], acr: float, color: str, line: str, name: str) -> None:
+    """Certified accuracy over radius; radii are 0 where wrong."""
+    x = torch.linspace(0, 1.05 * max(radii) + 1e-6, 331)
+    accuracy = (torch.tensor(radii)[:, None] >= x.clamp_min(1e-9)).float().mean(0)
+    panel.plot(x, accuracy, line, color=color, label=f"{name}: ACR {arq.cut(acr)}")
+    panel.set(xlabel="l2 radius, pixels in [0, 1]", ylabel="certified accuracy")
+    panel.set(ylim=(0, 1.25), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])  # the legend is above
+    panel.legend(loc="upper right")
+
+
+# ---- a run ----
+def draw_run(folder: Path) -> dict:
+    policy = json.loads((folder / "policy.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    title, figures = f"{config['dataset']}, {config['arch']}, sigma = {config['sigma']:g}", {}
+    figures["policy"], (panel,) = panels(1, 1, max(5, 0.3 * len(policy)), 3)
+    plot_policy(panel, policy, f"{title}, budget {100 * config['budget']:g} %")
+    add_legend(figures["policy"], 2)
+
+    figures["radii"], (panel,) = panels(1, 1, 5, 3.4)
+    curves = {"base_certificates.tsv": FLOAT_LINES["base"]}
+    curves["certificates.tsv"] = "tab:red", "-", "ARQ"
+    for name, style in curves.items():
+        rows = certify.read_certificates(folder / name)
+        radii = [row.radius * row.correct for row in rows]
+        plot_radii(panel, radii, certify.average_certified_radius(rows), *style)
+    panel.set(title=f"{title}, n = {config['n']:,}")
+
+    log = folder / "search.jsonl"
+    if log.exists():  # --policy has no search
+        records = [json.loads(line) for line in log.read_text().splitlines()]
+        figures["search"] = draw_search(records)
+    return figures
+
+
+def draw_search(records: list[dict]):
+    """ACR on the search images, by episode. Finalists have more samples, and so larger
+    radii."""
+    figure, (panel,) = panels(1, 1, 6, 3.4)
+    episodes = [record for record in records if "finalist" not in record]
+    noises = [record["noise"] for record in episodes]
+    warmup = noises.count(noises[0]) - 1  # the agent's first episode has the same noise
+    panel.axvspan(0.5, warmup + 0.5, color="gainsboro", label="random policies")
+    best = torch.tensor([record["acr"] for record in episodes]).cummax(0).values
+    panel.plot(range(1, len(best) + 1), best, "-", color="black", label="best so far")
+    styles = {"episode": ("o", "black"), "finalist, evaluated again": ("D", "tab:red")}
+    for name, (marker, color) in styles.items():
+        chosen = [record for record in records if ("finalist" in record) == (marker == "D")]
+        x, y = zip(*[(record["episode"] + 1, record["acr"]) for record in chosen])
+        panel.plot(x, y, marker, color=color, label=name)
+    panel.set(xlabel="episode", ylabel="ACR, search images")
+    add_legend(figure, 2)
+    return figure
+
+
+# ---- the comparison ----
+def seeds_by_budget(cells: list[dict], method: str, sigma: float) -> list[list[dict]]:
+    places = [place for place in compare.PLACES if place[0] == sigma]
+    seeds = [compare.at(cells, method, *place) for place in places]
+    return [some for some in seeds if some]
 
 
 def draw_tradeoff(cells: list[dict], cost, label: str, beside: float = 0.0):
-    """ACR over cost, a panel for each sigma, and the difference in clean accuracy, mean of sigmas.
-    beside: the share of the axis over which methods of the same cost are spread, to tell their bars apart."""
-    sigmas = sigmas_of(cells)
-    costs = [cost(cell) for cell in cells if cell["budget"] < 1] or [1.0]
+    """ACR over cost, a panel for each sigma, and the difference in clean accuracy, mean of
+    sigmas. beside: the share of the axis over which methods of equal cost are spread."""
+    sigmas = sorted({c["sigma"] for c in cells if c["method"] == "base"})
+    costs = [cost(c) for c in cells if c["budget"] < 1]
     narrow, widest = 0.6 * min(costs), 1.1 * max(costs)
-    places = torch.linspace(-beside / 2, beside / 2, len(compare.SHOWN)).tolist()
-    aside = {method: place * (widest - narrow) for method, place in zip(compare.SHOWN, places)}
-    rows = -(-(len(sigmas) + 1) // 2)
-    figure, axes = plt.subplots(rows, 2, figsize=(10, 3.4 * rows + 0.6), layout="constrained", squeeze=False)
-    axes = axes.flat[: len(sigmas) + 1]
-    for panel in figure.axes[len(axes) :]:
-        panel.axis("off")
+    places = torch.linspace(-beside / 2, beside / 2, len(compare.METHODS)).tolist()
+    aside = {name: x * (widest - narrow) for name, x in zip(compare.METHODS, places)}
+    figure, axes = panels(len(sigmas) + 1, 2, 5, 3.4)
+    for panel in axes:
+        panel.set(xlabel=label, xlim=(narrow, widest), ylabel="ACR")
+    clean = {method: {} for method in compare.METHODS}  # (cost, points over the base) by budget
     for sigma, panel in zip(sigmas, axes):
-        for name, style in (("base", "--"), ("control", ":")):
-            for cell in of(cells, name, sigma)[:1]:
-                text = {"base": "float base", "control": "float, fine-tuned alike"}[name]
-                panel.axhline(cell["acr"], linestyle=style, color="black", linewidth=1, label=text)
-        for method in compare.SHOWN:
-            x, y, error = [], [], []
-            for some in seeds_averaged(cells, method, sigma):
-                x.append(statistics.fmean(map(cost, some)) + aside[method])
-                rows = compare.mean_rows([cell["rows"] for cell in some])
-                y.append(certify.average_certified_radius(rows))
-                base_rows = of(cells, "base", sigma)[0]["rows"]
-                error.append(1.96 * certify.acr_difference(rows, base_rows)[1])
-            if x:
-                panel.errorbar(x, y, error, label=method, capsize=2, elinewidth=0.7, **style_of(method))
-        panel.set(title=f"sigma = {sigma:g}", xlabel=label, ylabel="ACR")
-        panel.set_xlim(narrow, widest)
-    for method in compare.SHOWN:
-        points = {}  # by budget, for budgets that have all sigmas
-        for sigma in sigmas:
-            clean = of(cells, "base", sigma)[0]["accuracy_without_noise"]
-            for some in seeds_averaged(cells, method, sigma):
-                gain = statistics.fmean(cell["accuracy_without_noise"] for cell in some) - clean
-                point = statistics.fmean(map(cost, some)) + aside[method], 100 * gain
-                points.setdefault(some[0]["budget"], []).append(point)
-        whole = [values for values in points.values() if len(values) == len(sigmas)]
-        pairs = sorted(tuple(map(statistics.fmean, zip(*values))) for values in whole)
-        if pairs:
-            axes[-1].plot(*zip(*pairs), **style_of(method))
-    axes[-1].axhline(0, color="black", linestyle="--", linewidth=1)
-    axes[-1].set_xlim(narrow, widest)
-    axes[-1].set(
-        title="clean accuracy" + ", mean" * (len(sigmas) > 1),
-        xlabel=label,
-        ylim=(-4, 4),  # one network's standard error is two points
-        ylabel="points over base",
-    )
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+        (base,) = compare.at(cells, "base", sigma, 1.0)
+        for name, (color, line, text) in FLOAT_LINES.items():
+            for c in compare.at(cells, name, sigma, 1.0):
+                panel.axhline(c["acr"], linestyle=line, color=color, label=text)
+        for method in compare.METHODS:
+            groups = seeds_by_budget(cells, method, sigma)
+            x = [statistics.fmean(map(cost, seeds)) + aside[method] for seeds in groups]
+            y = [compare.mean_acr(seeds) for seeds in groups]
+            bars = [1.96 * compare.acr_difference(seeds, [base])[1] for seeds in groups]
+            if groups:
+                bar = {"capsize": 2, "elinewidth": 0.7, "label": method}
+                panel.errorbar(x, y, bars, **bar, **style_of(method))
+            for seeds, place in zip(groups, x):
+                gain = statistics.fmean(c["clean"] for c in seeds) - base["clean"]
+                points = clean[method].setdefault(seeds[0]["budget"], [])
+                points.append((place, 100 * gain))
+        panel.set(title=f"sigma = {sigma:g}")
+    for method, points in clean.items():
+        whole = [pairs for pairs in points.values() if len(pairs) == len(sigmas)]
+        means = sorted(tuple(map(statistics.fmean, zip(*pairs))) for pairs in whole)
+        if means:
+            axes[-1].plot(*zip(*means), **style_of(method))
+    axes[-1].axhline(0, color="black", linestyle="--")
+    limits = -4, 4  # one network's standard error is two points
+    axes[-1].set(title="clean accuracy, mean of sigmas", ylim=limits, ylabel="points over base")
+    add_legend(figure, 4)
     return figure
 
 
 def draw_policies(cells: list[dict]):
-    """ARQ's bits, layer by layer: dots for weights, crosses for inputs; a row for each budget."""
-    sigmas = sigmas_of(cells)
-    places = {(c["sigma"], c["budget"]) for c in of(cells, "ARQ")}
-    budgets = sorted({b for _, b in places if all((s, b) in places for s in sigmas)}, reverse=True)
-    if not budgets:
-        return None
-    size = 3.6 * len(sigmas), 2.5 * len(budgets)
-    figure, axes = plt.subplots(len(budgets), len(sigmas), figsize=size, layout="constrained", squeeze=False)
-    for budget, row in zip(budgets, axes):
-        for sigma, panel in zip(sigmas, row):
-            some = [c for c in of(cells, "ARQ", sigma) if c["budget"] == budget and c["seed"] == 0]
-            for cell in some:
-                weights, inputs = zip(*cell["policy"].values())
-                layers = range(1, len(weights) + 1)
-                panel.plot(layers, weights, "o", color="black", label="weights")
-                panel.plot(
-                    layers, inputs, "x", color="tab:red", label="input", markersize=8, markeredgewidth=2
-                )
-            panel.set(title=f"sigma = {sigma:g}, budget {100 * budget:g} %", ylim=(1.5, 8.5), ylabel="bits")
-    for panel in axes[-1]:
-        panel.set_xlabel("layer, in order of execution")
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    """ARQ's bits at 1.5 and 0.8 %, a panel for each sigma."""
+    places = [(s, budget) for budget in (0.015, 0.008) for s in compare.SIGMAS]
+    chosen = [c for place in places for c in compare.at(cells, "ARQ", *place)[:1]]
+    figure, axes = panels(len(chosen), 3, 3.8, 2.6)
+    for c, panel in zip(chosen, axes):
+        title = f"sigma = {c['sigma']:g}, budget {100 * c['budget']:g} %"
+        plot_policy(panel, c["policy"], title)
+    add_legend(figure, 2)
     return figure
 
 
 def draw_radii(cells: list[dict]):
     """Certified accuracy over radius: the float base, its fine-tuned twin, and ARQ at 1.5 %."""
-    sigmas = sigmas_of(cells)
-    if not sigmas:
-        return None
-    figure, axes = plt.subplots(
-        1, len(sigmas), figsize=(4.2 * len(sigmas), 3.2), layout="constrained", squeeze=False
-    )
-    lines = {"base": ("black", "--", "float base"), "control": ("gray", ":", "float, fine-tuned alike")}
-    lines["ARQ"] = ("tab:red", "-", "ARQ, 1.5 %")
-    for sigma, panel in zip(sigmas, axes[0]):
-        radii = torch.linspace(0, 3.3 * sigma, 331).tolist()
-        for method, (color, style, name) in lines.items():
-            some = [c for c in of(cells, method, sigma) if c["budget"] in (1.0, 0.015) and c["seed"] == 0]
-            for cell in some[:1]:
-                values = [certify.certified_accuracy(cell["rows"], radius) for radius in radii]
-                text = f"{name}: ACR {int(cell['acr'] * 1e4) / 1e4:.4f}"
-                panel.plot(radii, values, style, color=color, label=text)
-        panel.set(title=f"sigma = {sigma:g}, n = 10,000", xlabel="l2 radius, in [0, 1] pixels", ylim=(0, 1.2))
-        panel.set(ylabel="certified accuracy", yticks=[0, 0.2, 0.4, 0.6, 0.8, 1])  # the legend is above
-        panel.legend(loc="upper right")
+    figure, axes = panels(3, 3, 4.2, 3.2)
+    styles = FLOAT_LINES | {"ARQ": ("tab:red", "-", "ARQ, 1.5 %")}
+    for sigma, panel in zip(compare.SIGMAS, axes):
+        for method, style in styles.items():
+            for c in compare.at(cells, method, sigma, 0.015, 10_000):
+                plot_radii(panel, c["radii"], c["acr"], *style)
+        panel.set(title=f"sigma = {sigma:g}, n = 10,000")
     return figure
 
 
 def draw_searches(cells: list[dict]):
-    """Rewards as ACR on search images, means of twenty, by evaluation. HAQ's reward is another."""
+    """Rewards as ACR on search images, means of twenty, by evaluation. HAQ's is another."""
     names = ["ARQ", "evolution", "random", "ARQ" + compare.LONG, "evolution" + compare.LONG]
-    searched = [c for c in cells if c["method"] in names]
-    groups = sorted({(c["sigma"], c["budget"]) for c in searched}, key=lambda g: (g[0], -g[1]))
-    if not groups:
-        return None
-    columns = min(3, len(groups))
-    rows = -(-len(groups) // columns)
-    size = (4.2 * columns, 3 * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False)
-    for panel in axes.flat[len(groups) :]:
-        panel.axis("off")
-    for (sigma, budget), panel in zip(groups, axes.flat):
-        for method in names:
-            some = [c for c in of(cells, method, sigma) if c["budget"] == budget]
-            for number, cell in enumerate(some):
-                means = torch.tensor(cell["search_acr"]).unfold(0, 20, 1).mean(1)
-                style = {**style_of(method), "markevery": (10 * names.index(method), 60)}
-                panel.plot(range(20, 20 + len(means)), means, label=None if number else method, **style)
-        panel.set(title=f"sigma = {sigma:g}, budget {100 * budget:g} %", xlabel="evaluation", xscale="log")
-        panel.set(ylabel="ACR, mean of the last 20")
-        panel.set_xticks([20, 50, 100, 200, 600], ["20", "50", "100", "200", "600"], minor=False)
+    places = [place for place in compare.PLACES if compare.at(cells, "ARQ", *place)]
+    figure, axes = panels(len(places), 3, 4.2, 3)
+    for (sigma, budget), panel in zip(places, axes):
+        for number, method in enumerate(names):
+            for c in compare.at(cells, method, sigma, budget):
+                means = torch.tensor(c["search_acr"]).unfold(0, 20, 1).mean(1)
+                style = style_of(method) | {"markevery": (10 * number, 60), "label": method}
+                panel.plot(range(20, 20 + len(means)), means, **style)
+        panel.set(title=f"sigma = {sigma:g}, budget {100 * budget:g} %", xlabel="evaluation")
+        panel.set(ylabel="ACR, mean of the last 20", xscale="log")
+        panel.set_xticks([20, 50, 100, 200, 600], ["20", "50", "100", "200", "600"])
         panel.minorticks_off()
-    found = {text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels())}
-    figure.legend(found.values(), found, loc="outside lower center", ncols=len(names), frameon=False)
+    add_legend(figure, len(names))
     return figure
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", type=Path, default=ROOT / "results" / "compare")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "compare")
+    parser.add_argument("run", nargs="?", type=Path, help="a run folder of arq.py")
     options = parser.parse_args(argv)
-    cells = read_cells(options.cells)
+    if plt is None:
+        parser.error("matplotlib is missing: pip install matplotlib")
+    if options.run and not (options.run / "policy.json").exists():
+        parser.error(f"{options.run} holds no policy.json: is it the folder of a finished run?")
     plt.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3})
-    figures = {
-        "comparison": draw_tradeoff(
-            cells, lambda cell: 100 * cell["bitops_ratio"], "BitOPs, % of float (points moved apart)", 0.08
-        ),
-        "sizes": draw_tradeoff(cells, lambda cell: cell["size_bytes"] / 1000, "weights, kB"),
-        "policies": draw_policies(cells),
-        "radii": draw_radii(read_cells(options.cells, 10_000)),
-        "searches": draw_searches(cells),
-    }
+    folder, figures = options.run or compare.RESULTS, {}
+    if options.run:
+        figures = draw_run(options.run)
+    else:
+        cells, beside = compare.read_cells(), "BitOPs, % of float (points moved apart)"
+        bitops = lambda c: 100 * c["bitops_ratio"]  # noqa: E731
+        figures["comparison"] = draw_tradeoff(cells, bitops, beside, 0.08)
+        kilobytes = lambda c: c["size_bytes"] / 1000  # noqa: E731
+        figures["sizes"] = draw_tradeoff(cells, kilobytes, "weights, kB")
+        figures["policies"], figures["radii"] = draw_policies(cells), draw_radii(cells)
+        figures["searches"] = draw_searches(cells)
     for name, figure in figures.items():
-        if figure is not None:
-            figure.savefig(options.out / f"{name}.png", dpi=90)
+        figure.savefig(folder / f"{name}.png", dpi=90)
+        print(folder / f"{name}.png")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Other ways to choose the bits, with the quantizer, the costs and the training of this repository.
+"""Other ways to choose the bits, with the quantizer, the costs and the training of ARQ.
 
-    uniform(table, budget)                         equal bit-widths, the rest of the budget in order
-    RandomAgent, EvolutionAgent                    act and learn in arq.search in place of ddpg.DDPG
-    accuracy_evaluator(evaluate, images)           HAQ: the same agent rewarded by clean accuracy
-    nipq(classifier, ...), limpq(classifier, ...)  bits by gradient; bits by an integer program
+    uniform(table, budget)                     equal bit-widths, the rest of the budget in order
+    RandomAgent, EvolutionAgent                act and learn in arq.search in place of ddpg.DDPG
+    evaluate_accuracy(policy, ...)             HAQ: the same agent rewarded by clean accuracy
+    nipq(base, ...), limpq(base, ...)          bits by gradient; bits by an integer program
 
-All of them keep 8 bits in the first and the last layer, and meet the BitOPs budget. `compare.py` runs them.
+All keep 8 bits in the first and the last layer, and meet the budget. `compare.py` runs them.
 """
 
 import copy
@@ -30,15 +30,16 @@ PAIRS = [(w, a) for w in WIDTHS for a in WIDTHS]  # of weight and input bits
 
 # ---- no search ----
 def fill(table, policy, budget: float) -> models.Policy:
-    """In rounds, one bit more for each operand where it fits, from the first layer on, weights first."""
+    """One bit more for each operand where it fits, in rounds, from the first layer's weights
+    on."""
     before = None
     while policy != before:
         before = policy
         for layer in table[1:-1]:
-            for kind in (0, 1):
+            for operand in (arq.WEIGHT, arq.INPUT):
                 wider = copy.deepcopy(policy)
-                wider[layer.name][kind] += 1
-                possible = wider[layer.name][kind] <= models.MAX_BITS
+                wider[layer.name][operand] += 1
+                possible = wider[layer.name][operand] <= models.MAX_BITS
                 if possible and models.bitops_ratio(table, wider) <= budget:
                     policy = wider
     return policy
@@ -63,9 +64,10 @@ class RandomAgent(DDPG):
 
 
 class EvolutionAgent(DDPG):
-    """Evolution as in single-path one-shot search (Guo et al., 2020, Algorithm 1), one child at a time: after
-    as many random policies as the agent has, half of the children mix two of the ten best, half change a
-    tenth of one's actions at random. A child with the bits of an earlier one is bred again."""
+    """Evolution as in single-path one-shot search (Guo et al., 2020, Algorithm 1), one child at
+    a time: after as many random policies as the agent has, half of the children mix two of the
+    ten best, half change a tenth of the actions of one at random. A child with the bits of an
+    earlier one is bred again."""
 
     parents, mutation = 10, 0.1
 
@@ -94,7 +96,7 @@ class EvolutionAgent(DDPG):
         return tuple(map(arq.BitWidthEnvironment.bits, actions))
 
     def bred(self) -> list[float]:
-        best = sorted(self.replay, key=lambda one: one[1], reverse=True)[: self.parents]
+        best = sorted(self.replay, key=lambda episode: episode[1], reverse=True)[: self.parents]
         first, second = torch.randint(len(best), (2,), generator=self.generator).tolist()
         mother, father = best[first][0].flatten(), best[second][0].flatten()
         cross, mutate, fresh = torch.rand(3, len(mother), generator=self.generator)
@@ -103,58 +105,53 @@ class EvolutionAgent(DDPG):
         return torch.where(mutate < self.mutation, fresh, mother).tolist()
 
 
-def accuracy_evaluator(evaluate: arq.PolicyEvaluator, images: Tensor, labels, config) -> arq.PolicyEvaluator:
-    """HAQ (Wang et al., 2019, equation 5): the reward is the accuracy on images without noise."""
+def evaluate_accuracy(policy, cache, start, train_images, images, config, final=False):
+    """HAQ (Wang et al., 2019, equation 5): the reward is the accuracy on images without noise.
+    As arq.evaluate_policy, up to the integer network."""
+    quantized = copy.deepcopy(start)
+    models.set_policy(quantized, policy)
+    num_batches = config.episode_batches * (2 if final else 1)
+    arq.train(quantized, train_images, config, num_batches, arq.EPISODE_LR, "episode")
+    return accuracy(arq.integer_network(quantized, config), images, config)
 
-    @torch.inference_mode()
-    def right(quantized: nn.Module, cache) -> list[float]:
-        network, found = arq.integers(quantized, config), []
-        for x, y in zip(images.split(config.eval_batch), torch.as_tensor(labels).split(config.eval_batch)):
-            found += (network(x).argmax(1).cpu() == y).double().tolist()
-        return found
 
-    return arq.PolicyEvaluator(evaluate.classifier, evaluate.finetune, right)
+@torch.inference_mode()
+def accuracy(network: nn.Module, images: arq.ImageSet, config: arq.Config) -> float:
+    """Share of images that a network gets right without noise."""
+    right = 0
+    for part in torch.arange(len(images)).split(config.eval_batch):
+        classes = network(images.batch(part, config.device)).argmax(1).cpu()
+        right += int((classes == torch.tensor(images.labels)[part]).sum())
+    return right / len(images)
 
 
 # ---- NIPQ ----
-class ClipWithNoise(torch.autograd.Function):
-    """v clipped to [-alpha, alpha] or, unsigned, to [0, alpha]; inside, plus uniform noise of one step. The
-    gradients are autograd's; written out they need a third less time."""
-
-    @staticmethod
-    def forward(ctx, v, alpha, step, signed):
-        low = -alpha if signed else torch.zeros_like(alpha)
-        inside = ((v > low) & (v < alpha)).float()
-        noise = torch.rand_like(v).sub_(0.5).mul_(inside)
-        clipped = v.clamp(low, alpha)
-        ctx.save_for_backward(clipped, inside, noise, alpha)
-        return clipped.addcmul(noise, step)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        clipped, inside, noise, alpha = ctx.saved_tensors
-        of_v = gradient * inside
-        of_alpha = ((gradient - of_v) * clipped).sum_to_size(alpha.shape) / alpha  # clipped / alpha: the sign
-        return of_v, of_alpha, (of_v * noise).sum_to_size(alpha.shape), None
+def clip_with_noise(v: Tensor, alpha: Tensor, step: Tensor, signed: bool) -> Tensor:
+    """v clipped to [-alpha, alpha] or [0, alpha], plus noise of one step inside of that."""
+    low = -alpha if signed else torch.zeros_like(alpha)
+    inside = (v > low) & (v < alpha)
+    noise = (torch.rand_like(v) - 0.5) * inside
+    return torch.minimum(torch.maximum(v, low), alpha) + noise * step
 
 
 class PseudoNoise(models.LSQ):
-    """NIPQ's operand (Shin et al., CVPR 2023, and its code): clipped to a learned range alpha, plus uniform
-    noise of one step, alpha / q_max(b), in place of rounding (the code draws from the errors' histogram, and
-    has one range per tensor). b = 2 + 6 sigmoid(pace theta), with jitter and straight-through rounding,
-    learns by gradient; at first b is 5. pace: the code trains 40 epochs of ImageNet at 0.04, where the
-    comparison's 1,200 steps of 0.02 would leave theta where it was; its square is the ratio of the two, 18
-    squared, and less for more steps."""
+    """NIPQ's operand (Shin et al., CVPR 2023, and its code): clipped to a learned range alpha,
+    plus uniform noise of one step, alpha / q_max(b), in place of rounding (the code draws from
+    the errors' histogram, and has one range per tensor). b = 2 + 6 sigmoid(pace theta), with
+    jitter and straight-through rounding, learns by gradient; at first b is 5.
 
-    def __init__(self, channels: int | None = None, steps: int = 1200):
+    pace: the code trains 40 epochs of ImageNet at a rate of 0.04, where 1,200 batches at 0.02
+    would leave theta where it was. Its square is the ratio of the two."""
+
+    def __init__(self, channels: int | None = None, num_batches: int = 1200):
         super().__init__(channels)
-        self.pace = 18 * math.sqrt(1200 / steps)
+        self.pace = 18 * math.sqrt(1200 / num_batches)
         self.theta = nn.Parameter(torch.zeros(()))
         self.fixed = None  # the bit-width of first and last layer
 
     def width(self) -> Tensor:
         """b, not rounded."""
-        if self.fixed:
+        if self.fixed is not None:
             return torch.full_like(self.theta, self.fixed)
         span = models.MAX_BITS - models.MIN_BITS
         return models.MIN_BITS + span * (self.pace * self.theta).sigmoid()
@@ -163,25 +160,30 @@ class PseudoNoise(models.LSQ):
         if self.bits == models.FLOAT_BITS:
             return v
         step = self.step_for(v)
-        scaled = step / (self.q_max**2 * math.sqrt(v[0].numel()))  # as FakeQuantize scales gradients
+        # The gradient is scaled as FakeQuantize scales that of a step.
+        scaled = step / (self.q_max**2 * math.sqrt(v[0].numel()))
         alpha = (scaled + (step - scaled).detach()) * self.q_max
         b = self.width()
         jittered = (b + torch.rand(()) - 0.5).round().clamp(models.MIN_BITS, models.MAX_BITS)
         levels = 2 ** (b + (jittered - b).detach() - float(self.signed)) - 1
-        return ClipWithNoise.apply(v.float(), alpha, alpha / levels, self.signed)
+        return clip_with_noise(v.float(), alpha, alpha / levels, bool(self.signed))
 
 
-def nipq(classifier, table, budget: float, calibrate, train, weight=2.0, steps=1200) -> models.Policy:
-    """Learn the bits with the network: cross-entropy + weight * smooth_l1(BitOPs / budget, 1), then round,
-    force under the budget, and fill. The penalty sees bits unrounded: at this pace rounded ones, as in the
-    code, would swing about the budget. calibrate(classifier); train(classifier, loss): so many steps."""
-    classifier = copy.deepcopy(classifier)
-    models.quantize_model(classifier, table[0].map_size, partial(PseudoNoise, steps=steps))
+def nipq(base, table, budget, calibrate, train, num_batches, weight=2.0) -> models.Policy:
+    """Learn the bits with the network: cross-entropy + weight * smooth_l1(BitOPs / budget, 1),
+    then round, force under the budget, and fill. The penalty sees bits unrounded: at this pace
+    rounded ones, as in the code, would swing about the budget.
+
+    base: a float network, left as it is; calibrate(classifier): sets its step sizes
+    train(classifier, num_batches=..., loss=...): as arq.train"""
+    classifier = copy.deepcopy(base)
+    quantizer = partial(PseudoNoise, num_batches=num_batches)
+    models.quantize_model(classifier, table[0].map_size, quantizer)
     calibrate(classifier)
     models.set_policy(classifier, models.uniform_policy(table, 5))
     layers = models.quant_layers(classifier)
-    for name in (table[0].name, table[-1].name):
-        for quantizer in (layers[name].weight_quantizer, layers[name].input_quantizer):
+    for end in (table[0].name, table[-1].name):
+        for quantizer in (layers[end].weight_quantizer, layers[end].input_quantizer):
             quantizer.fixed = models.FIRST_LAST_BITS
     total = sum(layer.macs for layer in table) * models.FLOAT_BITS**2
 
@@ -194,24 +196,16 @@ def nipq(classifier, table, budget: float, calibrate, train, weight=2.0, steps=1
         penalty = weight * F.smooth_l1_loss(ratio, torch.ones_like(ratio))
         return arq.noise_augmentation(network, x, noise, labels) + penalty
 
-    train(classifier, loss=loss)
-    policy = {layer.name: [round(width.item()) for width in widths(layer.name)] for layer in table}
+    train(classifier, num_batches=num_batches, loss=loss)
+    names = [layer.name for layer in table]
+    policy = {name: [round(width.item()) for width in widths(name)] for name in names}
     return fill(table, models.enforce_budget(table, policy, budget), budget)
 
 
 # ---- LIMPQ ----
-class PublishedScale(models.LSQ):
-    """The step's gradient over sqrt(N Q), as in LSQ (section 2.2), where models.LSQ has Q^2 sqrt(N)."""
-
-    def forward(self, v):
-        if self.bits == models.FLOAT_BITS:
-            return v
-        elements = v[0].numel() / self.q_max**3
-        return models.FakeQuantize.apply(v.float(), self.step_for(v), self.q_min, self.q_max, elements)
-
-
-class WidthSteps(PublishedScale):
-    """LIMPQ's operand (Tang et al., ECCV 2022): a step size for each width, which learns as published."""
+class WidthSteps(models.LSQ):
+    """LIMPQ's operand (Tang et al., ECCV 2022): a step size for each width, with gradients over
+    sqrt(N Q), as in LSQ (section 2.2), where models.LSQ has Q^2 sqrt(N)."""
 
     def __init__(self, channels: int | None = None):
         super().__init__(channels)
@@ -227,53 +221,62 @@ class WidthSteps(PublishedScale):
         step = self.steps[self.bits]
         return step.view(-1, *[1] * (v.ndim - 1)) if self.is_weight else step
 
+    def forward(self, v):
+        if self.bits == models.FLOAT_BITS:
+            return v
+        step, elements = self.step_for(v), v[0].numel() / self.q_max**3
+        return models.FakeQuantize.apply(v.float(), step, self.q_min, self.q_max, elements)
 
-def limpq(classifier, table, budget: float, calibrate, train, seed: int = 0) -> models.Policy:
-    """The learned step sizes are the layers' importance; `assign` picks the widths under the budget.
-    Jointly trained: every batch passes once for each width in all layers, and once with random widths."""
-    classifier = copy.deepcopy(classifier)
+
+def limpq(base, table, budget, calibrate, train, num_batches, seed=0) -> models.Policy:
+    """The learned step sizes are the layers' importance; `assign` picks the widths by it.
+    Jointly trained: every batch passes once for each width in all layers, and once with random
+    widths. Arguments as for nipq."""
+    classifier = copy.deepcopy(base)
     models.quantize_model(classifier, table[0].map_size, WidthSteps)
     calibrate(classifier)
     generator = torch.Generator().manual_seed(seed)
+    inner = table[1:-1]
 
     def loss(network, x, noise, labels):
-        drawn = torch.randint(models.MIN_BITS, models.MAX_BITS + 1, (len(table), 2), generator=generator)
+        shape = len(table), 2
+        bits = models.MIN_BITS + torch.randint(len(WIDTHS), shape, generator=generator)
         mixed = models.uniform_policy(table, models.MAX_BITS)
-        mixed |= {layer.name: bits for layer, bits in zip(table[1:-1], drawn.tolist())}
+        mixed |= {layer.name: pair for layer, pair in zip(inner, bits.tolist())}
+        policies = [mixed, *[models.uniform_policy(table, width) for width in WIDTHS]]
         losses = 0.0
-        for policy in [mixed] + [models.uniform_policy(table, bits) for bits in WIDTHS]:
-            models.set_policy(network, policy)
+        for policy in policies:
+            models.set_policy(classifier, policy)
             losses = losses + arq.noise_augmentation(network, x, noise, labels)
         return losses
 
-    train(classifier, loss=loss)
+    train(classifier, num_batches=num_batches, loss=loss)
     layers = models.quant_layers(classifier)
-    importance = []
-    for layer in table[1:-1]:
-        both = layers[layer.name].weight_quantizer, layers[layer.name].input_quantizer
-        importance.append([one.steps.detach().view(models.MAX_BITS + 1, -1).mean(1) for one in both])
-    return assign(table, budget, importance)
+    quantized = [layers[layer.name] for layer in inner]
+    pairs = [(layer.weight_quantizer, layer.input_quantizer) for layer in quantized]
+    return assign(table, budget, [[mean_steps(operand) for operand in pair] for pair in pairs])
+
+
+def mean_steps(operand: WidthSteps) -> Tensor:
+    """The learned step of each bit-width, its mean over channels."""
+    return operand.steps.detach().view(models.MAX_BITS + 1, -1).mean(1)
 
 
 def assign(table, budget: float, importance, balance: float = 2.0) -> models.Policy:
-    """The widths that minimise the sum of s_a[b_a] + balance * s_w[b_w] under the budget.
-    importance: (s_w, s_a) of each inner layer, by bit-width. balance: its code's."""
-    return cheapest(table, budget, [[s_a[a] + balance * s_w[w] for w, a in PAIRS] for s_w, s_a in importance])
-
-
-def cheapest(table, budget: float, costs) -> models.Policy:
-    """An integer program: one of PAIRS per inner layer, with the least sum of costs (layers, pairs)."""
-    inner, policy = table[1:-1], models.uniform_policy(table, models.MIN_BITS)
-    bitops = torch.tensor([[layer.macs * w * a for w, a in PAIRS] for layer in inner], dtype=torch.float64)
+    """The widths that minimise the sum of s_a[b_a] + balance * s_w[b_w] under the budget, by an
+    integer program. importance: (s_w, s_a) of each inner layer, by bit-width."""
+    inner = table[1:-1]
+    costs = [s_a[a] + balance * s_w[w] for s_w, s_a in importance for w, a in PAIRS]
     ends = sum(layer.macs * models.FIRST_LAST_BITS**2 for layer in (table[0], table[-1]))
     total = budget * sum(layer.macs for layer in table) * models.FLOAT_BITS**2
-    choices = torch.eye(len(inner)).repeat_interleave(len(PAIRS), 1)
-    one_each = LinearConstraint(choices.numpy(), 1, 1)
-    # Divided by the budget: the solver's tolerance is absolute. The last millionth stays unused.
-    shares = (bitops / total).view(1, -1)
-    within = LinearConstraint(shares.numpy(), -math.inf, 1 - ends / total - 1e-6)
-    of = {"integrality": 1, "bounds": Bounds(0, 1), "constraints": [one_each, within]}
-    found = torch.from_numpy(milp(torch.tensor(costs).flatten().numpy(), **of).x)
-    for layer, choice in zip(inner, found.view(len(inner), -1).argmax(1).tolist()):
+    layer_of_choice = torch.eye(len(inner)).repeat_interleave(len(PAIRS), 1)
+    one_each = LinearConstraint(layer_of_choice.numpy(), 1, 1)
+    # Divided by the budget, for an absolute tolerance; the last millionth stays unused.
+    shares = [[layer.macs * w * a / total for layer in inner for w, a in PAIRS]]
+    within = LinearConstraint(shares, -math.inf, 1 - ends / total - 1e-6)
+    program = {"integrality": 1, "bounds": Bounds(0, 1), "constraints": [one_each, within]}
+    chosen = torch.from_numpy(milp(torch.tensor(costs).numpy(), **program).x)
+    policy = models.uniform_policy(table, models.MIN_BITS)
+    for layer, choice in zip(inner, chosen.view(len(inner), -1).argmax(1).tolist()):
         policy[layer.name] = list(PAIRS[choice])
     return policy
