@@ -1,13 +1,13 @@
 """Randomized smoothing: certify any classifier `images -> logits`.
 
     g = Smooth(classifier, num_classes=10, sigma=0.25)
-    g.certify(images, labels)                    # CERTIFY: a class and an l2 radius each
-    g.predict(images)                            # PREDICT: a class each, or ABSTAIN
+    g.certify(images, labels)                    # CERTIFY: classes and l2 radii
+    g.predict(images)                            # PREDICT: classes, or ABSTAIN
     cache = g.certify_and_cache(images, labels)  # CERTIFY, keeping what f predicted
     Smooth(changed, 10, 0.25).certify_incremental(images, cache, n_p=100)  # IRS
 
-This file stands alone (torch, scipy): copy it. Pixels are floats in [0, 1]; sigma and radii
-are in those units; noise is added before any normalisation.
+This file stands alone (torch, scipy). Pixels are in [0, 1], sigma and radii in their units;
+noise is added before any normalisation.
 
     paper     here        meaning
     f, f^P    classifier  base, changed classifier: images (B, C, H, W) -> logits (B, k)
@@ -17,7 +17,7 @@ are in those units; noise is added before any normalisation.
     p_A, p_B  p_a, p_b    bounds of P[f(x + eps) = c], c_A from below, others above
     n_p       n_p         samples of f^P per image
     zeta      zeta        upper confidence bound of P[f(x + eps) != f^P(x + eps)]
-    R         radius      g is constant on the l2 ball of this radius around x
+    R         radius      g is constant within this l2 distance of x
 
 Cohen, Rosenfeld, Kolter, ICML 2019 (CERTIFY, PREDICT); Ugare et al., ICLR 2024 (IRS).
 """
@@ -34,7 +34,7 @@ import torch
 from scipy.stats import beta, binomtest, norm
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm  # of any dimension
+from torch.nn.modules import batchnorm
 
 ABSTAIN = -1
 METHODS = "none", "fresh", "replayed"  # of an incremental certificate
@@ -48,7 +48,7 @@ def require(condition, message: str) -> None:
 
 # ---- bounds and radii ----
 def lower_confidence_bound(k, n, alpha):
-    """One-sided Clopper-Pearson bound on a probability, from k successes in n trials:
+    """One-sided Clopper-Pearson bound, from k successes in n trials:
     P[bound <= true probability] >= 1 - alpha. Numbers give a float, arrays a tensor."""
     k, n, alpha = (_float64(value).numpy() for value in (k, n, alpha))
     inside = (alpha > 0) & (alpha < 1)
@@ -65,7 +65,7 @@ def upper_confidence_bound(k, n, alpha):
 
 
 def certified_radius(p_a, sigma: float, p_b=None):
-    """R = sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)), l2 in [0, 1] pixels (ARQ, Theorem 2.1).
+    """R = sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)), in l2 (ARQ, Theorem 2.1).
     p_a bounds the predicted class from below, p_b all others from above. Without p_b it is
     1 - p_a: R = sigma Phi^-1(p_A), as published. 0 where nothing is certified."""
     require(sigma > 0, f"sigma must be positive, not {sigma}")
@@ -73,7 +73,7 @@ def certified_radius(p_a, sigma: float, p_b=None):
     p_b = 1 - p_a if p_b is None else _float64(p_b)
     possible = (p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1)
     require(possible.all(), "probabilities must lie between 0 and 1")
-    certified = p_a > p_b  # elsewhere 1/2: infinite quantiles have no difference
+    certified = p_a > p_b  # else 1/2: infinite quantiles have no difference
     quantile_a = norm.ppf(torch.where(certified, p_a, 0.5))
     minus_quantile_b = norm.isf(torch.where(certified, p_b, 0.5))  # precise near 0
     return _unwrap(sigma / 2 * (quantile_a + minus_quantile_b))
@@ -89,8 +89,7 @@ def _unwrap(array):
 
 # ---- noise ----
 def draw_noise(key: str, image_id: int, chunk: int, shape, device) -> Tensor:
-    """Standard normal noise (CHUNK, *shape): an image's samples from CHUNK * chunk on.
-    Equal arguments draw equal noise, on one type of device."""
+    """Standard normal noise (CHUNK, *shape), equal for equal arguments and device type."""
     start = hashlib.sha256(f"{key}|{image_id}".encode()).digest()
     # CPU generators keep 32 bits: chunks count up from start, so none repeats.
     seed = (int.from_bytes(start[:4], "little") + chunk) % 2**32
@@ -100,11 +99,10 @@ def draw_noise(key: str, image_id: int, chunk: int, shape, device) -> Tensor:
 
 
 # ---- certificates ----
-class Certificate(NamedTuple):
-    # one certified image; other tools know the first six fields only
+class Certificate(NamedTuple):  # other tools know the first six fields only
     idx: int  # the image's id
     label: int
-    predict: int  # g's class, or ABSTAIN where the bound does not exceed 1/2
+    predict: int  # g's class, or ABSTAIN
     radius: float  # 0 where g abstains
     correct: int  # 1 if predict is the label, else 0
     time: str  # h:mm:ss.ffffff
@@ -128,26 +126,23 @@ class ReplayCache(NamedTuple):
     key: str  # names the noise of those samples
 
 
-class IncrementalCertificate(NamedTuple):
-    # one image certified for f^P
+class IncrementalCertificate(NamedTuple):  # of f^P
     idx: int
     label: int
     predict: int
     radius: float
     correct: int
     method: str  # one of METHODS
-    passes: int  # samples of f^P
+    passes: int  # samples of f^P, none where f's class is wrong
     zeta: float  # nan unless replayed
 
 
 class Smooth:
-    """The smoothed classifier g(x) = argmax_c P[f(x + eps) = c], eps ~ N(0, sigma^2 I).
-
-    classifier: f, a callable; num_classes: None takes it from the first logits
+    """The smoothed classifier g of a callable f. num_classes may be None.
     seed, purpose: name the noise; equal names draw equal noise
-    batch_size: samples per forward pass; integer networks answer alike in any
+    batch_size: samples per forward pass
     Guarantees hold in real, not in floating-point arithmetic (Voracek, Hein 2023).
-    ValueError: pixels outside [0, 1], repeated ids, training mode, logits of no class."""
+    ValueError: pixels beyond [0, 1], repeated ids, training mode, logits of no class."""
 
     def __init__(
         self, classifier, num_classes, sigma, seed=0, batch_size=100, purpose="certificate"
@@ -157,15 +152,13 @@ class Smooth:
         self.classifier, self.num_classes = classifier, num_classes
         self.sigma, self.batch_size = sigma, batch_size
         self.key = f"{seed}|{purpose}"  # equal keys replay the noise
-        self.samples = 0  # noisy images that f has classified so far
+        self.samples = 0  # noisy images that f has classified
 
     def certify(self, images, labels, ids=None, n0=100, n=1000, alpha=0.001):
         """CERTIFY (Cohen et al., section 3.2.2): a Certificate per image.
         Unless it abstains, g predicts `predict` everywhere closer than `radius`, with
-        probability at least 1 - alpha per image: about alpha * B may be wrong.
-        ids name the images' noise (default: their positions)."""
-        cache = self.certify_and_cache(images, labels, ids, n0, n, alpha, skip_wrong=False)
-        return cache.certificates
+        probability at least 1 - alpha each. ids name the noise (default: positions)."""
+        return self.certify_and_cache(images, labels, ids, n0, n, alpha, False).certificates
 
     def certify_and_cache(
         self, images, labels, ids=None, n0=100, n=1000, alpha=0.001, skip_wrong=True
@@ -186,7 +179,7 @@ class Smooth:
         n_a, n_b = _votes(self._count(predictions, sizes), selected)
         # p_A <- LowerConfBound(counts[c_A], n, 1 - alpha)
         p_a = lower_confidence_bound(n_a, n, alpha)
-        # if p_A > 1/2 return prediction c_A and radius sigma Phi^-1(p_A), else return ABSTAIN
+        # if p_A > 1/2 return prediction c_A and radius sigma Phi^-1(p_A), else ABSTAIN
         predicted = torch.where(p_a > 0.5, selected, ABSTAIN)
         radius = certified_radius(p_a, self.sigma)
         correct = (predicted == labels).long()
@@ -194,12 +187,11 @@ class Smooth:
         answer = [ids, labels, predicted, radius, correct, repeat(str(seconds))]
         evidence = [selected, n_a, n_b, sizes, repeat(n0), repeat(self.sigma), repeat(alpha)]
         rows = _records(Certificate, answer + evidence)
-        missing = n - predictions.shape[1]  # n if all images were skipped, else 0
+        missing = n - predictions.shape[1]  # if all images were skipped
         return ReplayCache(rows, F.pad(predictions, (0, missing)), key)
 
     def predict(self, images, ids=None, n=1000, alpha=0.001) -> list[int]:
-        """PREDICT (Cohen et al., section 3.2.1): a class per image, wrong with probability at
-        most alpha, or ABSTAIN."""
+        """PREDICT (Cohen et al., section 3.2.1): classes, each wrong with at most alpha."""
         ids = range(len(images)) if ids is None else ids
         predicted = []
         # counts <- SampleUnderNoise(f, x, n, sigma)
@@ -207,17 +199,16 @@ class Smooth:
         # c_A, c_B <- top two indices in counts; n_A, n_B <- their counts
         votes, classes = counts.topk(2, dim=1)
         for (n_a, n_b), (c_a, _) in zip(votes.tolist(), classes.tolist()):
-            # if BinomPValue(n_A, n_A + n_B, 0.5) <= alpha return c_A, else return ABSTAIN
+            # if BinomPValue(n_A, n_A + n_B, 0.5) <= alpha return c_A, else ABSTAIN
             p_value = binomtest(n_a, n_a + n_b, 0.5).pvalue
             predicted.append(c_a if p_value <= alpha else ABSTAIN)
         return predicted
 
     def certify_incremental(self, images, cache, n_p, alpha_zeta=0.001, gamma=0.99):
         """IRS (Ugare et al., Algorithm 2): certify a changed f^P with n_p samples, not n.
-        `self` smooths f^P; images and noise are those of f's cache. Per image, with
-        probability at least 1 - (alpha + alpha_zeta), g^P predicts `predict` within `radius`,
-        for an f^P chosen without this noise: a search scores with it, its winner needs a
-        certificate of its own. A wrong cached class costs no samples and counts 0.
+        `self` smooths f^P; images and noise are those of f's cache. With probability at least
+        1 - (alpha + alpha_zeta) each, g^P predicts `predict` within `radius`, for an f^P that
+        was chosen without this noise (the winner of a search was not).
 
         Why alpha + alpha_zeta, with the fresh branch bounded at alpha? Let p be the true
         P[f = c_A]. If p >= gamma, a replay's p_A is below p: it fails by zeta alone; a fresh
@@ -225,7 +216,7 @@ class Smooth:
         it may with alpha; a replay fails by it or zeta."""
         selected, right, ids = self._cached(cache)
         n, alpha = cache.predictions.shape[1], cache.certificates[0].alpha
-        require(0 < alpha_zeta < 1 - alpha, f"alpha_zeta must lie between 0 and 1 - {alpha}")
+        require(0 < alpha_zeta < 1 - alpha, f"alpha_zeta must be in 0 to 1 - {alpha}")
         require(n_p <= n, f"n_p = {n_p} exceeds the {n} cached samples")
         # c_A, p_A <- what f was certified with
         n_a = torch.tensor([row.n_a for row in cache.certificates])
@@ -240,12 +231,12 @@ class Smooth:
         p_replayed = (p_a - zeta).clamp(min=0)
         # else:
         fresh = right & ~replay
-        #     counts <- SampleUnderNoise(f^P, x, n_p, sigma), with noise of its own
+        #     counts <- SampleUnderNoise(f^P, x, n_p, sigma), on fresh noise
         new = self.predictions(images, ids, fresh * n_p, cache.key + "/fresh")
         #     p <- LowerConfBound(counts[c_A], n_p, alpha)
         votes = (new == selected[:, None]).sum(1)
         p_fresh = lower_confidence_bound(votes, n_p, alpha)
-        # if p > 1/2 return prediction c_A and radius sigma Phi^-1(p), else return ABSTAIN
+        # if p > 1/2 return prediction c_A and radius sigma Phi^-1(p), else ABSTAIN
         p = torch.where(replay, p_replayed, p_fresh)
         radius = torch.where(right, certified_radius(p, self.sigma), 0.0)
         predicted = torch.where(radius > 0, selected, ABSTAIN)
@@ -256,7 +247,7 @@ class Smooth:
         return _records(IncrementalCertificate, answer + evidence)
 
     def estimate_radii(self, images, cache, n_p: int) -> Tensor:
-        """For ranking, no certificates: radii (B,) if f^P votes on n samples as on n_p."""
+        """For ranking, no certificates: radii (B,) if all n votes are as the first n_p."""
         selected, right, ids = self._cached(cache)
         n, alpha = cache.predictions.shape[1], cache.certificates[0].alpha
         new = self.predictions(images, ids, right * n_p, cache.key)
@@ -265,7 +256,7 @@ class Smooth:
         return torch.where(right, certified_radius(p_a, self.sigma), 0.0)
 
     def _cached(self, cache: ReplayCache):
-        """Selected classes, whether they are right, and ids: (B,) each."""
+        """c_A, whether it is right, and ids: (B,) each."""
         sigma = cache.certificates[0].sigma
         require(sigma == self.sigma, f"the cache has sigma {sigma}, g has {self.sigma}")
         rows = [(row.selected, row.label, row.idx) for row in cache.certificates]
@@ -274,12 +265,12 @@ class Smooth:
 
     def _checked_labels(self, labels, count: int) -> Tensor:
         labels, last = torch.as_tensor(labels).cpu(), self.num_classes - 1
-        valid = labels.shape == (count,) and ((labels >= 0) & (labels <= last)).all()
+        valid = labels.shape == (count,) and 0 <= labels.min() and labels.max() <= last
         require(valid, f"{count} images need as many labels from 0 to {last}")
         return labels
 
     def sample_under_noise(self, images, ids, n: int, key: str) -> Tensor:
-        """Counts (B, classes) of what f predicts in n noisy copies per image."""
+        """Counts (B, classes) of f's predictions on n noisy copies."""
         sizes = torch.full((len(images),), n)
         return self._count(self.predictions(images, ids, sizes, key), sizes)
 
@@ -290,15 +281,14 @@ class Smooth:
 
     @torch.inference_mode()
     def predictions(self, images, ids, sizes: Tensor, key: str) -> Tensor:
-        """f's classes of sizes[i] noisy copies of images[i], then zeros: (B, max size).
-        All methods sample here. The copies of all images fill batches, in order."""
+        """f's classes of sizes[i] copies of images[i], then zeros: (B, max size).
+        All methods sample here, in full batches."""
         valid = images.is_floating_point() and ((images >= 0) & (images <= 1)).all()
         require(valid, "images must be floats in [0, 1]; divide 8-bit ones by 255")
         ids = torch.as_tensor(ids).tolist()
         named = len(images) == len(ids) == len(set(ids))
         require(named, f"{len(images)} images need as many different ids")
-        noisy = self._noisy(images, ids, sizes.tolist(), key)
-        batches = _full_batches(noisy, self.batch_size)
+        batches = _full_batches(self._noisy(images, ids, sizes, key), self.batch_size)
         classes = [self._classify(batch).cpu() for batch in batches]
         dtype = torch.uint8 if (self.num_classes or 0) <= 2**8 else torch.int32
         table = torch.zeros(len(sizes), int(sizes.max()), dtype=dtype)
@@ -308,8 +298,8 @@ class Smooth:
         return table
 
     def _noisy(self, images, ids, sizes, key):
-        """The noisy copies in order, up to CHUNK at a time."""
-        for image, image_id, size in zip(images, ids, sizes):
+        """The noisy copies, up to CHUNK at a time."""
+        for image, image_id, size in zip(images, ids, sizes.tolist()):
             for chunk in range(math.ceil(size / CHUNK)):
                 noise = draw_noise(key, image_id, chunk, image.shape, image.device)
                 yield noise[: size - chunk * CHUNK].mul_(self.sigma).add_(image)
@@ -318,25 +308,23 @@ class Smooth:
         """f's classes (B,); whatever is no answer is refused."""
         if isinstance(self.classifier, nn.Module):
             for module in self.classifier.modules():
-                require(
-                    not module.training, "classifier in training mode; call its eval() first"
-                )
-                by_batch = isinstance(module, BatchNorm) and module.running_mean is None
-                require(not by_batch, "BatchNorm without running statistics")
+                require(not module.training, "training mode: call the classifier's eval()")
+                if isinstance(module, batchnorm._BatchNorm):
+                    averaged = module.running_mean is not None
+                    require(averaged, "a BatchNorm without running statistics")
             floats = (p for p in self.classifier.parameters() if p.is_floating_point())
             noisy = noisy.to(next(floats, noisy).dtype)
         logits = self.classifier(noisy)
         self.samples += len(noisy)
-        shape = logits.shape if isinstance(logits, Tensor) else type(logits).__name__
-        message = f"the classifier must return logits ({len(noisy)}, classes), not {shape}"
-        require(shape[:-1] == noisy.shape[:1], message)
-        self.num_classes = expected = self.num_classes or shape[1]
-        require(1 < shape[1] == expected, f"{expected} classes, but {shape[1]} logits")
+        is_tensor = isinstance(logits, Tensor)
+        shape = logits.shape if is_tensor else type(logits).__name__
+        require(shape[:-1] == noisy.shape[:1], f"f gives no logits (B, classes): {shape}")
+        self.num_classes = self.num_classes or shape[1]
+        same = 1 < shape[1] == self.num_classes
+        require(same, f"{self.num_classes} classes, but {shape[1]} logits")
         largest, classes = logits.max(1)  # nan where there is one
-        if not largest.isfinite().all():
-            alone = (logits == largest[:, None]).sum(1) == 1
-            named = largest.isfinite() | alone  # +inf is an answer where no other is
-            require(named.all(), "logits are not finite: the network is broken")
+        alone = (logits == largest[:, None]).sum(1) == 1  # +inf, too, is then an answer
+        require((largest.isfinite() | alone).all(), "logits are not finite")
         return classes
 
 
@@ -353,7 +341,7 @@ def _votes(counts: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _full_batches(parts, size: int):
-    """The rows of all parts in order, `size` at a time; then what is left."""
+    """The rows of all parts, `size` at a time; then what is left."""
     batch, room = [], size
     for part in parts:
         while len(part):
@@ -369,13 +357,11 @@ def _full_batches(parts, size: int):
 
 # ---- aggregates and files ----
 def two_sided(rows: list[Certificate]) -> list[Certificate]:
-    """The same certificates with p_A and p_B bounded at alpha / 2 each (Theorem 2.1).
-    No correction over classes: the most counted one's bound is at least the runner-up's.
-    Either radius is wrong with probability at most alpha; the larger of both, 1.5 alpha."""
+    """The same by Theorem 2.1, p_A and p_B at alpha / 2 each; n_b bounds the runner-up, too.
+    Either radius fails with at most alpha; the larger, taken afterwards, 1.5 alpha."""
     certificates = []
     for row in rows:
-        counted = None not in (row.n_a, row.n_b)
-        require(counted, "a two-sided radius needs the counts n_a and n_b")
+        require(None not in (row.n_a, row.n_b), "a two-sided radius needs counts n_a, n_b")
         n = max(row.n, 1)
         p_a = lower_confidence_bound(row.n_a, n, row.alpha / 2)
         p_b = upper_confidence_bound(row.n_b, n, row.alpha / 2)
@@ -392,7 +378,7 @@ def average_certified_radius(rows) -> float:
 
 
 def acr_difference(rows, base_rows=None) -> tuple[float, float | None]:
-    """Mean and standard error of radius * 1[correct], less base_rows' (the same images)."""
+    """Mean and standard error of radius * 1[correct], less base_rows' if given."""
     radii = _float64([row.radius * row.correct for row in rows])
     if base_rows is not None:
         radii -= _float64([row.radius * row.correct for row in base_rows])
@@ -401,12 +387,12 @@ def acr_difference(rows, base_rows=None) -> tuple[float, float | None]:
 
 
 def certified_accuracy(rows, radius: float) -> float:
-    """Share of images that are right and certified at least this radius."""
+    """Share of images that are right and certified at this radius."""
     return statistics.fmean(bool(row.correct) and row.radius >= radius for row in rows)
 
 
 def write_certificates(file: TextIO, rows: list[Certificate]) -> None:
-    """Append rows to an open TSV, after a header if it is empty. Nothing is rounded."""
+    """Append unrounded rows to an open TSV, after a header if it is empty."""
     if file.tell() == 0:
         file.write("\t".join(COLUMNS) + "\n")
     for row in rows:
@@ -415,23 +401,20 @@ def write_certificates(file: TextIO, rows: list[Certificate]) -> None:
 
 
 def read_certificates(path) -> list[Certificate]:
-    """Read a TSV, ours or one of the six usual columns. ValueError names file and line."""
-    # utf-8-sig: spreadsheets write a mark in front
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
+    """Read a TSV, all columns or the usual six. ValueError names file and line."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:  # or plain UTF-8
         header, *lines = file.read().split("\n")
     names = header.split("\t")
     usual = names[:5] == COLUMNS[:5] and set(names) <= set(COLUMNS)
     require(usual and lines, f"{path}: line 1 is no header of certificates in UTF-8")
-    last = len(lines) + 1
-    require(lines.pop() == "", f"{path}: line {last} was cut: it has no end; remove it")
+    require(lines[-1] == "", f"{path}: line {len(lines) + 1} was cut; remove it")
     rows = []
-    for number, line in enumerate(lines, 2):
+    for number, line in enumerate(lines[:-1], 2):
         try:
             cells = zip(names, line.split("\t"), strict=True)
             known = [(name, cell) for name, cell in cells if cell or name == "time"]
-            row = Certificate(**{name: PARSERS[name](cell) for name, cell in known})
-            require(0 <= row.radius < math.inf, "a radius is a number from 0")
+            rows.append(Certificate(**{name: PARSERS[name](cell) for name, cell in known}))
+            require(0 <= rows[-1].radius < math.inf, "a radius is a number from 0")
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: line {number} is no certificate ({error})") from None
-        rows.append(row)
     return rows

@@ -1,7 +1,7 @@
 """Deep deterministic policy gradient (DDPG) for one action in [0, 1] per decision.
 
-This file stands alone (torch). Losses and networks follow Lillicrap et al. (2016); the settings
-are HAQ's (Wang et al., 2019, and its code).
+This file stands alone (torch). Losses and networks: Lillicrap et al. (2016); settings: HAQ's
+(Wang et al., 2019, and its code).
 
     mu       actor        maps a state (S,) to an action in [0, 1]
     Q        critic       expected return of a state and an action
@@ -42,8 +42,7 @@ class DDPGConfig:
 def mlp(inputs: int, hidden: int, output: nn.Module) -> nn.Sequential:
     """Two hidden ReLU layers and one output in the range of `output`."""
     first, second = nn.Linear(inputs, hidden), nn.Linear(hidden, hidden)
-    last = nn.Linear(hidden, 1)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), last, output)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Linear(hidden, 1), output)
 
 
 def critic_loss(critic, critic_target, actor_target, batch, discount) -> Tensor:
@@ -132,7 +131,7 @@ class DDPG(nn.Module):
         count = len(self.transitions[0])
         rows = torch.randint(count, (config.batch_size,), generator=self.generator)
         state, action, reward, next_state, done = (c[rows] for c in self.transitions)
-        # b moves half of the way to the mini-batch's mean reward
+        # The critic learns (r - b) / scale; b moves half way to the mini-batch's mean reward.
         mean = float(reward.mean())
         baseline = mean if self.baseline is None else self.baseline
         self.baseline = baseline + config.baseline_rate * (mean - baseline)
@@ -161,6 +160,5 @@ class DDPG(nn.Module):
         self.actor_optimizer.load_state_dict(state["optimizers"][0])
         self.critic_optimizer.load_state_dict(state["optimizers"][1])
         self.replay = deque(state["replay"], self.config.replay_episodes)
-        self.transitions = None
         self.baseline, self.episode = state["baseline"], state["episode"]
         self.generator.set_state(state["generator"])
