@@ -57,8 +57,8 @@ PLACES += [(0.5, 0.015), (0.5, 0.008), (1.0, 0.015), (1.0, 0.008)]
 CELLS = [cell(name, sigma, 1.0) for sigma in SIGMAS for name in FLOAT]
 CELLS += [cell(name, *p) for p in PLACES for name in ("ARQ", "uniform", "evolution", "LIMPQ")]
 CELLS += [cell(name, *p) for p in PLACES[:2] for name in ("random", "HAQ", "NIPQ")]
-SEEDED = "ARQ", "evolution", "random", "LIMPQ"
-CELLS += [cell(name, *p, seed=1) for p in PLACES[:2] for name in SEEDED]
+TWICE = "ARQ", "evolution", "random", "LIMPQ"
+CELLS += [cell(name, *p, seed=1) for p in PLACES[:2] for name in TWICE]
 CELLS += [cell("ARQ" + LONG, *PLACES[i]) for i in (0, 1, 4, 6)]
 CELLS += [cell("ARQ" + LONG, *PLACES[1], seed=1), cell("evolution" + LONG, *PLACES[1])]
 HEADLINE = [*FLOAT, "ARQ"]  # once more, with more samples
@@ -112,7 +112,6 @@ class Frame:
         file = folder.make("certify the base, search images", "search_cache.pt", work)
         folder.lock.close()
         self.cache = arq.read_cache(file)
-
         folder = self.folder(f"shared-{of_seed}-budget{config.budget:g}", episodes=None)
         file = folder.make("train for all policies", "start.pt", partial(train_shared, self))
         folder.lock.close()
@@ -136,9 +135,9 @@ def train_shared(frame: Frame, state, save) -> dict:
         models.set_policy(classifier, policy)
         return arq.noise_augmentation(network, x, noise, labels)
 
-    num_batches = int(SHARED_EPOCHS * (len(frame.train_images) // config.batch_size))
-    options = {"purpose": "shared", "state": state, "save": save, "loss": loss}
-    arq.train(classifier, frame.train_images, config, num_batches, arq.FINETUNE_LR, **options)
+    images, options = frame.train_images, {"state": state, "save": save, "loss": loss}
+    num_batches = int(SHARED_EPOCHS * (len(images) // config.batch_size))
+    arq.train(classifier, images, config, num_batches, arq.FINETUNE_LR, "shared", **options)
     return weights
 
 
@@ -191,8 +190,8 @@ def finetune_float(frame: Frame, state, save) -> dict:
     network = copy.deepcopy(frame.base)
     num_batches = int(config.finetune_epochs * (len(images) // config.batch_size))
     loss = partial(arq.noise_augmentation, teacher=frame.base, share=config.distill)
-    options = {"purpose": "fine-tune", "state": state, "save": save, "loss": loss}
-    arq.train(network, images, config, num_batches, arq.FINETUNE_LR, **options)
+    options = {"state": state, "save": save, "loss": loss}
+    arq.train(network, images, config, num_batches, arq.FINETUNE_LR, "fine-tune", **options)
     return network.state_dict()
 
 
@@ -291,8 +290,8 @@ def interval(mean: float, error: float, form: str) -> str:
 
 
 def markdown(titles: list[str], rows: list[list]) -> str:
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    lines = [" | ".join(row) for row in (titles, ["---"] * len(titles), *rows)]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def headline_table(cells: list[dict]) -> str:
@@ -315,17 +314,14 @@ def headline_table(cells: list[dict]) -> str:
     return markdown([*titles, "accuracy, %", "less base's", "clean, %"], rows)
 
 
-def count(seeds: list[dict]) -> str:
-    return f" ({len(seeds)})" if len(seeds) > 1 else ""
-
-
 def acr_table(cells: list[dict]) -> str:
     """ACR with n = 1,000, a column for each sigma and budget. (2): mean of two seeds."""
     rows = []
     for method in FLOAT + METHODS:
         seeds = [at(cells, method, *place) for place in PLACES]
-        texts = [arq.cut(mean_acr(some)) + count(some) if some else "" for some in seeds]
-        rows.append([method, *texts])
+        texts = [arq.cut(mean_acr(some)) if some else "" for some in seeds]
+        marks = [f" ({len(some)})" if len(some) > 1 else "" for some in seeds]
+        rows.append([method, *[text + mark for text, mark in zip(texts, marks)]])
     titles = [f"{sigma:g}, {100 * budget:g} %" for sigma, budget in PLACES]
     return markdown(["method; sigma, budget", *titles], rows)
 
@@ -338,9 +334,11 @@ def difference_table(cells: list[dict], ours: str = "ARQ") -> str:
         row = [method]
         for place in places:
             seeds, others = at(cells, ours, *place), at(cells, method, *place)
+            text = ""
             if others:
                 text = "{:+.4f} ({:.4f})".format(*acr_difference(seeds, others))
-            row.append(text + count(seeds) if others else "")
+                text += f" ({len(seeds)})" if len(seeds) > 1 else ""
+            row.append(text)
         rows.append(row)
     titles = [f"{sigma:g}, {100 * budget:g} %" for sigma, budget in places]
     return markdown([f"{ours} less", *titles], [row for row in rows if any(row[1:])])

@@ -7,7 +7,8 @@ Of a run: policy.png (bits per layer), radii.png (certified accuracy over radius
 (ACR by episode), into its folder. Of the comparison, from results/compare/cells.jsonl:
 comparison.png (the paper's Figure 1), sizes.png (Figure 3), policies.png (Figure 4), radii.png
 and searches.png. Error bars are 95 % intervals over images of the difference to the float base;
-seeds are averaged. It needs matplotlib."""
+seeds are averaged. It needs matplotlib.
+"""
 
 import argparse
 import json
@@ -55,10 +56,8 @@ def style_of(method: str) -> dict:
 def panels(count: int, columns: int, width: float, height: float):
     """A figure of so many panels, each of this size in inches."""
     rows = -(-count // columns)
-    size = width * columns, height * rows
-    figure, axes = plt.subplots(
-        rows, columns, figsize=size, layout="constrained", squeeze=False
-    )
+    size = {"figsize": (width * columns, height * rows), "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, squeeze=False, **size)
     for panel in axes.flat[count:]:
         panel.axis("off")
     return figure, axes.flat[:count]
@@ -80,9 +79,7 @@ def plot_policy(panel, policy: dict, title: str) -> None:
     panel.plot(layers, weights, "o", color="black", label="weights")
     crosses = {"color": "tab:red", "markersize": 8, "markeredgewidth": 2}
     panel.plot(layers, inputs, "x", label="activations", **crosses)
-    panel.set(
-        title=title, ylim=(1.5, 8.5), ylabel="bits", xlabel="layer, in order of execution"
-    )
+    panel.set(title=title, ylim=(1.5, 8.5), ylabel="bits", xlabel="layer, as executed")
 
 
 def plot_radii(panel, radii: list[float], acr: float, color: str, line: str, name: str) -> None:
@@ -141,50 +138,44 @@ def draw_search(records: list[dict]):
 
 
 # ---- the comparison ----
-def seeds_by_budget(cells: list[dict], method: str, sigma: float) -> list[list[dict]]:
-    places = [place for place in compare.PLACES if place[0] == sigma]
-    seeds = [compare.at(cells, method, *place) for place in places]
-    return [some for some in seeds if some]
-
-
-def draw_tradeoff(cells: list[dict], cost, label: str, beside: float = 0.0):
+def draw_tradeoff(cells: list[dict], cost: str, unit: float, label: str, beside: float = 0.0):
     """ACR over cost, a panel for each sigma, and the difference in clean accuracy, mean of
     sigmas. beside: the share of the axis over which methods of equal cost are spread."""
-    sigmas = sorted({c["sigma"] for c in cells if c["method"] == "base"})
-    costs = [cost(c) for c in cells if c["budget"] < 1]
+    sigmas = [sigma for sigma in compare.SIGMAS if compare.at(cells, "base", sigma, 1.0)]
+    costs = [c[cost] / unit for c in cells if c["budget"] < 1]
     narrow, widest = 0.6 * min(costs), 1.1 * max(costs)
     places = torch.linspace(-beside / 2, beside / 2, len(compare.METHODS)).tolist()
-    aside = {name: x * (widest - narrow) for name, x in zip(compare.METHODS, places)}
     figure, axes = panels(len(sigmas) + 1, 2, 5, 3.4)
-    for panel in axes:
-        panel.set(xlabel=label, xlim=(narrow, widest), ylabel="ACR")
-    clean = {method: {} for method in compare.METHODS}  # (cost, points over the base) by budget
     for sigma, panel in zip(sigmas, axes):
-        (base,) = compare.at(cells, "base", sigma, 1.0)
         for name, (color, line, text) in FLOAT_LINES.items():
             for c in compare.at(cells, name, sigma, 1.0):
                 panel.axhline(c["acr"], linestyle=line, color=color, label=text)
-        for method in compare.METHODS:
-            groups = seeds_by_budget(cells, method, sigma)
-            x = [statistics.fmean(map(cost, seeds)) + aside[method] for seeds in groups]
+        panel.set(title=f"sigma = {sigma:g}", ylabel="ACR")
+    for method, place in zip(compare.METHODS, places):
+        aside, style = place * (widest - narrow), style_of(method)
+        clean = {}  # by budget: cost and points over the base, for each sigma
+        for sigma, panel in zip(sigmas, axes):
+            (base,) = compare.at(cells, "base", sigma, 1.0)
+            budgets = [budget for s, budget in compare.PLACES if s == sigma]
+            groups = [compare.at(cells, method, sigma, budget) for budget in budgets]
+            groups = [seeds for seeds in groups if seeds]
+            x = [statistics.fmean(c[cost] / unit for c in seeds) + aside for seeds in groups]
             y = [compare.mean_acr(seeds) for seeds in groups]
             bars = [1.96 * compare.acr_difference(seeds, [base])[1] for seeds in groups]
             if groups:
-                bar = {"capsize": 2, "elinewidth": 0.7, "label": method}
-                panel.errorbar(x, y, bars, **bar, **style_of(method))
-            for seeds, place in zip(groups, x):
-                gain = statistics.fmean(c["clean"] for c in seeds) - base["clean"]
-                points = clean[method].setdefault(seeds[0]["budget"], [])
-                points.append((place, 100 * gain))
-        panel.set(title=f"sigma = {sigma:g}")
-    for method, points in clean.items():
-        whole = [pairs for pairs in points.values() if len(pairs) == len(sigmas)]
-        means = sorted(tuple(map(statistics.fmean, zip(*pairs))) for pairs in whole)
+                panel.errorbar(x, y, bars, capsize=2, elinewidth=0.7, label=method, **style)
+            for seeds, at_cost in zip(groups, x):
+                gain = 100 * (statistics.fmean(c["clean"] for c in seeds) - base["clean"])
+                clean.setdefault(seeds[0]["budget"], []).append((at_cost, gain))
+        whole = [pairs for pairs in clean.values() if len(pairs) == len(sigmas)]
+        means = [tuple(map(statistics.fmean, zip(*pairs))) for pairs in whole]
         if means:
-            axes[-1].plot(*zip(*means), **style_of(method))
+            axes[-1].plot(*zip(*means), **style)
     axes[-1].axhline(0, color="black", linestyle="--")
     limits = -4, 4  # one network's standard error is two points
     axes[-1].set(title="clean accuracy, mean of sigmas", ylim=limits, ylabel="points over base")
+    for panel in axes:
+        panel.set(xlabel=label, xlim=(narrow, widest))
     add_legend(figure, 4)
     return figure
 
@@ -222,8 +213,8 @@ def draw_searches(cells: list[dict]):
         for number, method in enumerate(names):
             for c in compare.at(cells, method, sigma, budget):
                 means = torch.tensor(c["search_acr"]).unfold(0, 20, 1).mean(1)
-                style = style_of(method) | {"markevery": (10 * number, 60), "label": method}
-                panel.plot(range(20, 20 + len(means)), means, **style)
+                style = style_of(method) | {"markevery": (10 * number, 60)}
+                panel.plot(range(20, 20 + len(means)), means, label=method, **style)
         panel.set(title=f"sigma = {sigma:g}, budget {100 * budget:g} %", xlabel="evaluation")
         panel.set(ylabel="ACR, mean of the last 20", xscale="log")
         panel.set_xticks([20, 50, 100, 200, 600], ["20", "50", "100", "200", "600"])
@@ -246,10 +237,8 @@ def main(argv=None) -> None:
         figures = draw_run(options.run)
     else:
         cells, beside = compare.read_cells(), "BitOPs, % of float (points moved apart)"
-        bitops = lambda c: 100 * c["bitops_ratio"]  # noqa: E731
-        figures["comparison"] = draw_tradeoff(cells, bitops, beside, 0.08)
-        kilobytes = lambda c: c["size_bytes"] / 1000  # noqa: E731
-        figures["sizes"] = draw_tradeoff(cells, kilobytes, "weights, kB")
+        figures["comparison"] = draw_tradeoff(cells, "bitops_ratio", 0.01, beside, 0.08)
+        figures["sizes"] = draw_tradeoff(cells, "size_bytes", 1000, "weights, kB")
         figures["policies"], figures["radii"] = draw_policies(cells), draw_radii(cells)
         figures["searches"] = draw_searches(cells)
     for name, figure in figures.items():

@@ -30,7 +30,7 @@ PAIRS = [(w, a) for w in WIDTHS for a in WIDTHS]  # of weight and input bits
 
 # ---- no search ----
 def fill(table, policy, budget: float) -> models.Policy:
-    """One bit more for each operand where it fits, in rounds, the first layer's weights first."""
+    """One bit more for each operand where it fits, in rounds, first layer and weights first."""
     before = None
     while policy != before:
         before = policy
