@@ -29,6 +29,7 @@ import ctypes
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -53,7 +54,7 @@ import certify
 import models
 from certify import Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig
-from models import NETWORKS, Classifier, Layer, Policy, require
+from models import Classifier, Layer, Policy, require
 
 
 # ---- Algorithm 1 ----
@@ -111,9 +112,10 @@ def evaluate_policy(policy, cache, start, train_images, search_pixels, config, f
     quantized = copy.deepcopy(start)
     models.set_policy(quantized, policy)
     num_batches = config.episode_batches * (2 if final else 1)
-    train(quantized, train_images, config, num_batches, EPISODE_LR, "episode")
-    if not all(value.isfinite().all() for value in quantized.state_dict().values()):
-        return 0.0  # training diverged: there is nothing to certify
+    try:
+        train(quantized, train_images, config, num_batches, EPISODE_LR, "episode")
+    except FloatingPointError:  # training diverged: there is nothing to certify
+        return 0.0
     network = integer_network(quantized, config)
     g = smooth(network, train_images.classes, config, "finalists")
     if final:
@@ -160,7 +162,13 @@ def reevaluate_finalists(records, count: int, evaluate, cache) -> Iterator[dict]
     ranked = sorted(by_policy.values(), key=lambda record: record["acr"], reverse=True)
     already = len(records) - len(episodes)
     for record in ranked[already:count]:
-        yield record | {"finalist": True, "acr": evaluate(record["policy"], cache)}
+        acr = evaluate(record["policy"], cache)
+        yield {
+            "episode": record["episode"],
+            "finalist": True,
+            "acr": acr,
+            "policy": record["policy"],
+        }
 
 
 def best_policy(records: list[dict]) -> Policy:
@@ -216,7 +224,8 @@ def train(
     step sizes, biases and BatchNorm. config: its seed, sigma and batch_size.
     loss(network, x, noise, labels): losses (B,), as `noise_augmentation`
     save(state): called per epoch; from such a state the call continues, bit for bit
-    Equal arguments train equal networks. Raises ValueError, at a save, for an infinite loss."""
+    Equal arguments train equal networks. FloatingPointError: an epoch ends with weights or
+    statistics that are not finite."""
     device, batch_size = next(classifier.parameters()).device, config.batch_size
     matrices = [p for p in classifier.parameters() if p.ndim > 1]
     vectors = [p for p in classifier.parameters() if p.ndim <= 1]
@@ -231,6 +240,7 @@ def train(
     network = nn.parallel.DistributedDataParallel(classifier) if WORLD > 1 else classifier
     labels = torch.tensor(images.labels)
     per_epoch = len(images) // batch_size
+    require(per_epoch > 0, f"--batch-size {batch_size} exceeds the {len(images)} images")
     seed = hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()
     began = time.monotonic()
     for start in range(first, num_batches, per_epoch):
@@ -249,14 +259,15 @@ def train(
             noise = config.sigma * torch.randn(batch_size, *x.shape[1:], device=device)[MINE]
             with torch.autocast(device.type, torch.bfloat16, enabled=BFLOAT16[device.type]):
                 losses = loss(network, x, noise, labels[chosen].to(device))
+            require(losses.shape == chosen.shape, "a loss returns one value per image, (B,)")
             optimizer.zero_grad()
             (WORLD * losses.sum() / batch_size).backward()  # processes average their gradients
             optimizer.step()
             if save is not None:
                 show_progress("batch", index + 1, num_batches, first, began)
+        if not all(value.isfinite().all() for value in classifier.state_dict().values()):
+            raise FloatingPointError(f"{purpose}: training diverged by batch {end}")
         if save is not None:
-            finite = losses.isfinite().all()
-            require(finite, f"{purpose}: infinite loss at batch {end}; try another --seed")
             parts = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict()}
             save({**parts, "batch": end})
     for buffer in classifier.buffers() if WORLD > 1 else ():
@@ -264,25 +275,12 @@ def train(
     classifier.eval()
 
 
-def build_base(config: Config, num_classes: int, file=None) -> Classifier:
-    """A float network, of a file or of --checkpoint, else to be trained; in the best layout."""
-    torch.manual_seed(config.seed)
-    file = file or config.checkpoint
-    if file:
-        base = models.load_base_checkpoint(file, config.arch, num_classes)
-        print(f"{file}: normalised by {base.mean.flatten()}, {base.std.flatten()}")
-    else:
-        base = models.build_classifier(config.arch, num_classes)
-    return base.to(config.device, memory_format=torch.channels_last).eval()
-
-
 def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
     """A copy of a float network that takes any policy, and its layer table. Step sizes and the
     signs of inputs come from up to 256 noisy images, spread over the given ones."""
     classifier = copy.deepcopy(base)
     table = models.quantize_model(classifier, config.image_size)
-    chosen = evenly_spaced(min(256, len(images)), len(images))
-    x = images.batch(chosen, config.device)
+    x = images.batch(evenly_spaced(min(256, len(images)), len(images)), config.device)
     generator = torch.Generator(x.device).manual_seed(config.seed)
     noise = torch.randn(x.shape, generator=generator, device=x.device)
     models.calibrate(classifier, (x + config.sigma * noise).split(50))
@@ -305,50 +303,47 @@ def run(config: Config) -> None:
     contents = {"training set": images.fingerprint(), "test set": test_images.fingerprint()}
     train_images, search_images = hold_out(images, config.search_images)
     test_images = test_images.subset(evenly_spaced(config.images, len(test_images)))
-    base = build_base(config, len(images.classes))
+    base = build_base(config, len(images.classes), config.checkpoint)
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
     environment = BitWidthEnvironment(table, config.budget)
-    given_policy = read_policy(config, table) if config.policy else None
+    if config.policy:
+        contents["policy"] = read_policy(config.policy, table, config.budget)
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
     take_along(config, folder)
     print(f"{config.dataset}, {config.arch}, sigma {config.sigma:g}; run folder {folder.path}")
 
     # 1: the float base classifier f
-    work = partial(train_base, base, train_images, config)
-    base_file = folder.make("train the base", "base.pt", work)
-    base.load_state_dict(read_state(base_file))
+    file = folder.make("train the base", "base.pt", train_base, base, train_images, config)
+    base.load_state_dict(read_state(file))
     start, _ = prepare(base, search_images, config)
     # 2: FullRobustCertify(f) on the search images; 3: the search, unless the policy is given
-    if given_policy is None:
-        work = partial(certify_images, base, search_images, config, "search")
-        cache = read_cache(folder.make("certify the base, search", "search_cache.pt", work))
-        pixels = search_images.batch(range(len(search_images)), config.device)
-        shared = {"start": start, "train_images": train_images, "search_pixels": pixels}
-        evaluate = partial(evaluate_policy, **shared, config=config)
-        log = folder.path / "search.jsonl"
-        work = partial(run_search, environment, evaluate, cache, config, log)
+    if config.policy:
+        file = folder.make("policy", "policy.json", lambda *_: contents["policy"])
     else:
-        work = partial(lambda state, save: given_policy)
-    policy = read_json(folder.make("choose the policy", "policy.json", work))
-    same = given_policy in (None, policy)
-    require(same, f"{folder.path} has another --policy; give another --out")
+        work = certify_images, base, search_images, config, "search"
+        cache = read_cache(folder.make("certify the base, search", "search_cache.pt", *work))
+        pixels = search_images.batch(range(len(search_images)), config.device)
+        given = {"start": start, "train_images": train_images, "search_pixels": pixels}
+        evaluate = partial(evaluate_policy, config=config, **given)
+        work = run_search, environment, evaluate, cache, config, folder.path
+        file = folder.make("search", "policy.json", *work)
+    policy = read_policy(file, table, config.budget)
     # 4: the best policy, fine-tuned and packed
     models.set_policy(start, policy)
-    work = partial(finetune_best, start, base, table, train_images, config)
-    file = folder.make("fine-tune", "model.arq", work)
+    work = finetune_best, start, base, table, train_images, config
+    file = folder.make("fine-tune", "model.arq", *work)
     classifier, _, description = models.load_model(file)
     same = description["policy"] == policy
-    require(
-        same, f"{file} has not policy.json's bits; give that as --policy, and another --out"
-    )
+    require(same, f"{file} has not the bits of policy.json; give that as --policy, and --out")
     # 5: what was packed, certified from scratch; the test images are first seen here
     network = integer_network(classifier, config)
     base_rows = certified(folder, "base certificate", base, test_images, config)
     rows = certified(folder, "certificate", network, test_images, config)
 
-    float_policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
     results = summarize(rows, network, table, policy, config, file)
-    results["base"] = summarize(base_rows, base, table, float_policy, config, base_file)
+    floats = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
+    base_file = folder.path / "base.pt"
+    results["base"] = summarize(base_rows, base, table, floats, config, base_file)
     mean, standard_error = certify.acr_difference(rows, base_rows)
     results["acr_difference"] = {"mean": mean, "standard_error": standard_error}
     report(results, folder)
@@ -358,11 +353,13 @@ def evaluate_saved(config: Config) -> None:
     """--evaluate: certify a saved network, packed or a float checkpoint, on the test images."""
     file, images = Path(config.evaluate), load_images(config, False)
     if models.read_packed(file):
+        purpose = "certificate"
         classifier, table, description = models.load_model(file)
         policy = description["policy"]
         same = description["classes"] == images.classes
         require(same, f"--evaluate {file} has other classes; give its --data")
     else:
+        purpose = "base certificate"  # the same noise as in the run's own table
         classifier = build_base(config, len(images.classes), file)
         table = models.quantize_model(classifier, config.image_size)
         policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
@@ -370,8 +367,18 @@ def evaluate_saved(config: Config) -> None:
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
     images = images.subset(evenly_spaced(config.images, len(images)))
     network = integer_network(classifier, config)
-    rows = certified(folder, "certificate", network, images, config)
+    rows = certified(folder, purpose, network, images, config)
     report(summarize(rows, network, table, policy, config, file), folder)
+
+
+def build_base(config: Config, num_classes: int, file=None) -> Classifier:
+    """A float network, of a file or still to be trained, in the fastest memory layout."""
+    torch.manual_seed(config.seed)
+    if file:
+        base = models.load_base_checkpoint(file, config.arch, num_classes)
+    else:
+        base = models.build_classifier(config.arch, num_classes)
+    return base.to(config.device, memory_format=torch.channels_last).eval()
 
 
 # The work of a step takes what it saved last, or None, and save(state).
@@ -382,43 +389,34 @@ def train_base(base: Classifier, images: ImageSet, config: Config, state, save) 
     return base.state_dict()
 
 
-def run_search(environment, evaluate, cache, config, log, state, save, agent_class=DDPG):
-    """The best policy of Algorithm 1. Each episode is a line, printed and in `log`.
+def run_search(environment, evaluate, cache, config, path, state, save, agent_class=DDPG):
+    """The best policy of Algorithm 1. An episode is a line, printed and in search.jsonl.
     evaluate(policy, cache, final=False): as evaluate_policy, the rest bound."""
     warmup_episodes = min(20, max(1, config.episodes // 3))
     settings = DDPGConfig(episodes=config.episodes, warmup_episodes=warmup_episodes)
-    agent = agent_class(environment.state_size, config.seed, settings)
-    records = []
+    agent, records = agent_class(environment.state_size, config.seed, settings), []
     if state is not None:
         agent.load_state_dict(state["agent"])
         records = state["records"]
     act = agent.act
     agent.act = lambda state: gather(act(state))[0]  # all processes take rank 0's actions
+    again = partial(evaluate, final=True)
+    finalists = reevaluate_finalists(records, config.finalists, again, cache)  # of the end
     began = time.monotonic()
-
-    def keep(record: dict) -> None:
-        nonlocal began
+    for record in itertools.chain(search(cache, environment, agent, evaluate), finalists):
+        record["bitops_ratio"] = models.bitops_ratio(environment.table, record["policy"])
         record["seconds"] = round(time.monotonic() - began, 3)
         began = time.monotonic()
         records.append(record)
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
-        write_whole(log, "".join(lines).encode())
+        write_whole(path / "search.jsonl", "".join(lines).encode())
         save({"agent": agent.state_dict(), "records": records})
-
-    for record in search(cache, environment, agent, evaluate):
-        record["bitops_ratio"] = models.bitops_ratio(environment.table, record["policy"])
-        record["size_bytes"] = models.size_bytes(environment.table, record["policy"])
-        keep(record)
-        best = cut(max(record["acr"] for record in records))
         pace = statistics.median(record["seconds"] for record in records)
-        left = timedelta(seconds=round(pace * (config.episodes - len(records))))
-        text = f"  episode {len(records):>3}/{config.episodes}  ACR {cut(record['acr'])}"
-        text += f"  reward {record['reward']:+.4f}  best ACR {best}"
+        left = timedelta(seconds=round(pace * max(0, config.episodes - len(records))))
+        text = f"  episode {record['episode'] + 1:>3}/{config.episodes}"
+        text += " again" if "finalist" in record else ""
+        text += f"  ACR {cut(record['acr'])}  best {cut(max(r['acr'] for r in records))}"
         print(f"{text}  BitOPs {100 * record['bitops_ratio']:.3f} %  {left} left", flush=True)
-    evaluate_again = partial(evaluate, final=True)
-    for record in reevaluate_finalists(records, config.finalists, evaluate_again, cache):
-        keep(record)
-        print(f"  episode {record['episode'] + 1} again: ACR {cut(record['acr'])}", flush=True)
     return best_policy(records)
 
 
@@ -433,9 +431,10 @@ def finetune_best(classifier, base, table, images, config, state, save) -> bytes
 
 
 def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config) -> list:
-    """A network's certificates of the test images; their purpose names the table."""
-    work = partial(certify_images, network, images, config, purpose)
-    file = folder.make(f"{purpose}s, test images", f"{purpose.replace(' ', '_')}s.tsv", work)
+    """A network's certificates of the test images; their purpose names noise and table."""
+    product = f"{purpose.replace(' ', '_')}s.tsv"
+    work = certify_images, network, images, config, purpose
+    file = folder.make(f"{purpose}s, test images", product, *work)
     rows = certify.read_certificates(file)
     whole = [row.idx for row in rows] == images.ids
     require(whole, f"{file} has not one row per image; remove it, and it is made again")
@@ -446,7 +445,7 @@ def certify_images(network, images: ImageSet, config: Config, purpose: str, stat
     """CERTIFY by blocks of images, each saved: a table or, for the search, what `read_cache`
     takes. purpose names the noise."""
     g = smooth(network, images.classes, config, purpose)
-    is_cache = purpose == "search"
+    is_cache = purpose == "search"  # which spends no samples on images of wrong class
     n = config.search_n if is_cache else config.n
     rows, predictions, key = state or ([], torch.zeros(0, n, dtype=torch.uint8), "")
     done, began = len(rows), time.monotonic()
@@ -454,13 +453,8 @@ def certify_images(network, images: ImageSet, config: Config, purpose: str, stat
     for first in range(done, len(images), size):
         part = images.subset(range(first, min(first + size, len(images))))
         pixels = part.batch(range(len(part)), config.device)
-        sampling = (
-            config.n0,
-            n,
-            config.alpha,
-            is_cache,
-        )  # wrong images have no samples in a cache
-        block = g.certify_and_cache(pixels, part.labels, part.ids, *sampling)
+        options = {"n0": config.n0, "n": n, "alpha": config.alpha, "skip_wrong": is_cache}
+        block = g.certify_and_cache(pixels, part.labels, part.ids, **options)
         rows += [tuple(row) for row in block.certificates]
         if is_cache:
             predictions, key = torch.cat([predictions, block.predictions]), block.key
@@ -498,18 +492,18 @@ class RunFolder:
         ours = file.exists() or all(name.endswith((".lock", ".part")) for name in names)
         require(ours, f"--out {path} is not empty and holds no run; give another --out")
         before = read_json(file) if file.exists() else options
-        for name in [name for name in options if name not in FREE]:
-            there, here = before.get(name), options[name]
-            both = f"{flag(name)} {there} there, {here} here"
-            require(there == here, f"{path} holds another run, {both}; give another --out")
+        for name in options.keys() - FREE:
+            both = f"{flag(name)} {before.get(name)} there, {options[name]} here"
+            same = before.get(name) == options[name]
+            require(same, f"{path} holds another run, {both}; give another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.path / "run.lock")
         gather(None)  # every process has seen the folder as it was
         write_whole(file, options)
 
-    def make(self, name: str, product: str, work: Callable) -> Path:
-        """The file `product`: what work(state, save) returns, called unless the file is there.
-        state: what the work's last save(state) kept, None at first. All processes call both."""
+    def make(self, name: str, product: str, work: Callable, *arguments) -> Path:
+        """The file `product`: what work(*arguments, state, save) returns, called unless it is
+        there. state: what its last save(state) kept, None at first. All processes call both."""
         file, state_file = self.path / product, self.path / "state.pt"
         saved = read_state(state_file) if state_file.exists() else {}
         self.seconds = saved.get("seconds", {})
@@ -528,7 +522,7 @@ class RunFolder:
             record = {"product": product, "state": state, "seconds": self.seconds}
             write_whole(state_file, record)
 
-        write_whole(file, work(state, save))
+        write_whole(file, work(*arguments, state, save))
         save(None)
         gather(None)
         return file
@@ -550,9 +544,8 @@ def lock(path: Path):
 
 def take_along(config: Config, folder: RunFolder) -> None:
     """With --checkpoint runs/X/base.pt: the base's certificates of runs/X, if options agree."""
-    checkpoint = Path(config.checkpoint or "")
-    source = checkpoint.parent
-    if checkpoint.name != "base.pt" or not (source / "config.json").exists():
+    source = Path(config.checkpoint or "").parent
+    if Path(config.checkpoint or "").name != "base.pt" or not (source / "config.json").exists():
         return
     before = read_json(source / "config.json")
     common = "arch image_size sigma seed n0 alpha device search_images".split()
@@ -594,18 +587,17 @@ def read_json(path: Path):
         raise ValueError(f"{path} is no JSON file ({error})") from None
 
 
-def read_policy(config: Config, table: list[Layer]) -> Policy:
+def read_policy(source, table: list[Layer], budget: float) -> Policy:
     """--policy: a bit-width for all layers, forced under the budget, or a file that fits."""
     names = [layer.name for layer in table]
-    if config.policy.isdigit():
-        policy = models.uniform_policy(table, int(config.policy))
+    if str(source).isdigit():
+        policy = models.uniform_policy(table, int(source))
         models.check_policy(names, policy)
-        return models.enforce_budget(table, policy, config.budget)
-    policy = read_json(Path(config.policy))
+        return models.enforce_budget(table, policy, budget)
+    policy = read_json(Path(source))
     models.check_policy(names, policy)
     ratio = models.bitops_ratio(table, policy)
-    fits = ratio <= config.budget
-    require(fits, f"--policy {config.policy} costs {ratio:.6f} of the BitOPs; raise --budget")
+    require(ratio <= budget, f"{source} costs {ratio:.6f} of the BitOPs; raise --budget")
     return policy
 
 
@@ -615,10 +607,12 @@ def digest(data: bytes) -> str:
 
 # ---- options ----
 DATASETS = "shapes", "cifar10", "folder", "imagenet"
+MOST = 2**31 - 1
 
 
-def option(default, text: str, **more):
-    return dataclasses.field(default=default, metadata={"help": text, **more})
+def option(default, text: str, least=None, most=None, choices=None):
+    metadata = {"help": text, "range": (least, most), "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
@@ -628,34 +622,34 @@ class Config:
     # data
     dataset: str = option("shapes", "images; shapes are drawn here", choices=DATASETS)
     data: str = option("data", "folder of the images; CIFAR-10 is downloaded to it")
-    image_size: int = option(32, "side of the images, in pixels")
-    search_images: int = option(100, "training images held out for the search")
-    images: int = option(100, "test images, evenly spaced over the set")
+    image_size: int = option(32, "side of the images, in pixels", 8, 4096)
+    search_images: int = option(100, "training images held out for the search", 1, MOST)
+    images: int = option(100, "test images, evenly spaced over the set", 1, MOST)
     # method
-    arch: str = option("resnet8", "network", choices=tuple(NETWORKS))
-    sigma: float = option(0.25, "standard deviation of the noise, in [0, 1] pixels")
-    budget: float = option(0.015, "BitOPs allowed, as a fraction of the float network's")
-    episodes: int = option(24, "episodes of the search, one policy each")
-    finalists: int = option(5, "best policies, all different, that are evaluated again")
-    search_n: int = option(500, "samples of the base per search image")
-    n_p: int = option(200, "samples of a policy per search image")
-    gamma: float = option(0.99, "p_A from which IRS draws fresh samples")
-    alpha_zeta: float = option(0.001, "alpha of the disparity zeta of IRS")
+    arch: str = option("resnet8", "network", choices=tuple(models.NETWORKS))
+    sigma: float = option(0.25, "standard deviation of the noise, in [0, 1] pixels", 0.001, 4)
+    budget: float = option(0.015, "BitOPs allowed, as a fraction of the float's", 1e-5, 1)
+    episodes: int = option(24, "episodes of the search, one policy each", 1, MOST)
+    finalists: int = option(5, "best policies, all different, evaluated again", 0, MOST)
+    search_n: int = option(500, "samples of the base per search image", 1, MOST)
+    n_p: int = option(200, "samples of a policy per search image", 1, MOST)
+    gamma: float = option(0.99, "p_A from which IRS draws fresh samples", 0, 1)
+    alpha_zeta: float = option(0.001, "alpha of the disparity zeta of IRS", 1e-9, 0.49)
     policy: str = option(None, "no search: a policy.json, or a bit-width such as 4")
     # training
     checkpoint: str = option(None, "float base, trained with noise; else one is trained")
-    epochs: int = option(6, "epochs of the base")
-    episode_batches: int = option(8, "training batches of a policy in its episode")
-    finetune_epochs: float = option(3.0, "epochs of the best policy")
-    distill: float = option(0.0, "share of the base's softmax in fine-tuning's targets")
-    batch_size: int = option(128, "images in a training batch")
+    epochs: int = option(6, "epochs of the base", 1, MOST)
+    episode_batches: int = option(8, "training batches of a policy's episode", 0, MOST)
+    finetune_epochs: float = option(3.0, "epochs of the best policy", 0, 1e6)
+    distill: float = option(0.0, "share of the base's softmax in the last targets", 0, 1)
+    batch_size: int = option(128, "images in a training batch", 2, MOST)
     # certificates
-    n0: int = option(100, "samples that select the class")
-    n: int = option(1000, "samples that bound its probability")
-    alpha: float = option(0.001, "probability of a wrong certificate, per image")
-    eval_batch: int = option(None, "samples per forward pass when certifying")
+    n0: int = option(100, "samples that select the class", 1, MOST)
+    n: int = option(1000, "samples that bound its probability", 1, MOST)
+    alpha: float = option(0.001, "probability of a wrong certificate, per image", 1e-9, 0.49)
+    eval_batch: int = option(None, "samples per forward pass when certifying", 1, MOST)
     # run
-    seed: int = option(0, "seed of training, search and noise")
+    seed: int = option(0, "seed of training, search and noise", 0, MOST)
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
     out: str = option(None, "run folder (default: under runs/, named after the options)")
     evaluate: str = option(None, "certify this saved network on the test images, and stop")
@@ -663,20 +657,12 @@ class Config:
 
 GROUPS = {"dataset": "data", "arch": "method", "checkpoint": "training"}  # by first option
 GROUPS |= {"n0": "certificates", "seed": "run"}
-PRESETS = {"shapes": {}}  # what other data sets have in place of the defaults
-PRESETS["cifar10"] = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 30.0}
-PRESETS["cifar10"] |= {"episodes": 600, "episode_batches": 20, "search_images": 500}
-PRESETS["cifar10"] |= {"search_n": 10_000, "n_p": 1000, "images": 500, "n": 10_000}
-PRESETS["folder"] = PRESETS["cifar10"]
-PRESETS["imagenet"] = PRESETS["cifar10"] | {"arch": "resnet50", "finetune_epochs": 10.0}
-PRESETS["imagenet"] |= {"gamma": 0.995, "image_size": 224}
-MOST = 2**31 - 1
-RANGES = {f.name: (1, MOST) for f in dataclasses.fields(Config) if f.type == "int"}
-RANGES |= dict.fromkeys(["episode_batches", "finalists", "seed"], (0, MOST))
-RANGES |= {"image_size": (8, 4096), "batch_size": (2, MOST), "finetune_epochs": (0, 1e6)}
-RANGES |= {"sigma": (0.001, 1e6), "budget": (1e-5, 1), "distill": (0, 1), "gamma": (0, 1)}
-RANGES |= dict.fromkeys(["alpha", "alpha_zeta"], (1e-12, 0.49))
-KINDS = {"int": int, "float": float, "str": str}
+CIFAR10 = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 30.0, "episodes": 600}
+CIFAR10 |= {"episode_batches": 20, "search_images": 500, "search_n": 10_000, "n_p": 1000}
+CIFAR10 |= {"images": 500, "n": 10_000}
+IMAGENET = {"arch": "resnet50", "finetune_epochs": 10.0, "gamma": 0.995, "image_size": 224}
+# What the data sets have in place of the defaults.
+PRESETS = {"shapes": {}, "cifar10": CIFAR10, "folder": CIFAR10, "imagenet": CIFAR10 | IMAGENET}
 
 
 def flag(name: str) -> str:
@@ -686,63 +672,64 @@ def flag(name: str) -> str:
 def parse_config(argv=None) -> Config:
     """Options from the command line, completed and checked. Raises ValueError."""
     about = f"Defaults are those for shapes. For cifar10: {PRESETS['cifar10']}"
-    parser = argparse.ArgumentParser(
-        description=about, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
+    settings = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser(description=about, **settings)
     parser.error = lambda message: require(False, f"{message} (see --help)")
+    kinds = {"int": int, "float": float, "str": str}
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:
             group = parser.add_argument_group(GROUPS[field.name])
-        settings = {**field.metadata, "type": KINDS[field.type]}
+        text, choices = field.metadata["help"], field.metadata["choices"]
         if field.default is not None:
-            settings["help"] += f" (default: {field.default})"
-        group.add_argument(flag(field.name), **settings)
+            text += f" (default: {field.default})"
+        kind = kinds[field.type]
+        group.add_argument(flag(field.name), help=text, choices=choices, type=kind)
     return complete_config(vars(parser.parse_args(argv)))
 
 
 def complete_config(given: dict) -> Config:
     """A Config of the given options; what cannot work is refused before any data is touched."""
-    for name in [name for name in ("checkpoint", "evaluate", "policy") if name in given]:
+    for name in given.keys() & {"checkpoint", "evaluate", "policy"}:
         there = Path(given[name]).is_file() or (name == "policy" and given[name].isdigit())
         require(there, f"{flag(name)} {given[name]}: no such file")
-    packed = models.read_packed(given["evaluate"]) if "evaluate" in given else None
-    saved = {name: packed[0][name] for name in SAVED_OPTIONS} if packed else {}
-    for name in ("arch", "image_size"):
-        agrees = given.get(name) in (None, saved.get(name, given.get(name)))
-        require(
-            agrees, f"{flag(name)} is {saved.get(name)} in {given.get('evaluate')}; omit it"
-        )
+    saved = {}
+    if "evaluate" in given:
+        alone = given.keys().isdisjoint({"checkpoint", "policy"})
+        require(alone, "--evaluate takes no --checkpoint and no --policy")
+        header, _ = models.read_packed(given["evaluate"]) or ({}, b"")
+        saved = {name: header[name] for name in SAVED_OPTIONS if header}
+        for name in saved.keys() & given.keys() & {"arch", "image_size"}:
+            agrees = given[name] == saved[name]
+            require(agrees, f"{flag(name)} is {saved[name]} in {given['evaluate']}; omit it")
     dataset = given.get("dataset", saved.get("dataset", "shapes"))
     preset = PRESETS.get(dataset, PRESETS["folder"])  # a packed network may name its own
     config = Config(**{**preset, **saved, **given})
     best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
     if config.device == "auto":
-        config.device = best
-    there = config.device in (best, "cpu")
-    require(there, f"--device {config.device} is not available; use auto")
+        config.device = best if best in BFLOAT16 else "cpu"
+    require(config.device in (best, "cpu"), f"--device {config.device} is not there; use auto")
     if config.eval_batch is None:  # small batches stay in a CPU's cache; a GPU wants large ones
         samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32**2 // max(config.image_size, 32) ** 2)
-    needed = math.floor(math.log(max(config.alpha, 1e-99)) / math.log(0.5)) + 1
-    never = f"never certifies at --alpha {config.alpha}; give at least {needed}"
-    for name, (least, most) in RANGES.items():
-        value = getattr(config, name)
-        fits = least <= value <= most
-        require(fits, f"{flag(name)} must be from {least} to {most}, not {value}")
-        enough = name not in ("n", "search_n", "n_p") or value >= needed
-        require(enough, f"{flag(name)} {value} {never}")
+    for field in dataclasses.fields(Config):
+        value, (least, most) = getattr(config, field.name), field.metadata["range"]
+        inside = least is None or least <= value <= most
+        about = f"from {least} to {most}, not {value}: {field.metadata['help']}"
+        require(inside, f"{flag(field.name)} must be {about}")
+    needed = math.floor(-math.log2(config.alpha)) + 1
+    for name in ("n", "search_n", "n_p"):
+        never = f"certifies nothing at --alpha {config.alpha}; give at least {needed}"
+        require(
+            getattr(config, name) >= needed, f"{flag(name)} {getattr(config, name)} {never}"
+        )
     enough = config.batch_size >= 2 * WORLD
     require(enough, f"--batch-size {config.batch_size} is too small for {WORLD} processes")
     fits = config.n_p <= config.search_n
     require(fits, f"--n-p {config.n_p} exceeds --search-n {config.search_n}")
-    ending = f"budget{config.budget:g}"
-    if config.policy:
-        ending += f"-policy-{Path(config.policy).stem}"
-    if config.evaluate:
-        file = Path(config.evaluate).resolve()
-        ending = f"evaluate-{file.parent.name}-{file.stem}"
-    network = f"{config.dataset}-{config.arch}-sigma{config.sigma:g}"
-    config.out = config.out or f"runs/{network}-{ending}-seed{config.seed}"
+    name = f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-budget{config.budget:g}"
+    for file in filter(None, (config.policy, config.evaluate)):
+        name += f"-{Path(file).parent.name}-{Path(file).stem}"
+    config.out = config.out or f"runs/{name}-seed{config.seed}"
     return config
 
 
@@ -762,30 +749,15 @@ class ImageSet:
 
     def subset(self, indices) -> ImageSet:
         """These images; ids keep their positions in the whole set."""
-        ids = self.ids or range(len(self))
-        columns = [[column[i] for i in indices] for column in (self.labels, self.source, ids)]
-        labels, source, ids = columns
+        columns = self.labels, self.source, self.ids or range(len(self))
+        labels, source, ids = [[column[i] for i in indices] for column in columns]
         return dataclasses.replace(self, labels=labels, source=source, ids=ids)
 
     def read(self, indices) -> Tensor:
         """uint8 images (len(indices), 3, size, size). Raises ValueError."""
-        sources = [self.source[i] for i in indices]
-        return torch.stack([s if isinstance(s, Tensor) else self.decode(s) for s in sources])
-
-    def decode(self, path: str) -> Tensor:
-        """RGB uint8 (3, size, size): shorter side resized, centre cropped, no EXIF turn."""
-        size = self.size
-        try:
-            with Image.open(path) as file:
-                eight_bits = file.mode[0] not in "IF"
-                require(eight_bits, f"mode {file.mode} has no fixed range: save it with 8 bits")
-                image = TF.pil_to_tensor(file.convert("RGB"))
-        except Exception as error:  # decoders raise many kinds for broken files
-            message = f"{path}: no readable image ({str(error)[:80]}); repair or remove it"
-            raise ValueError(message) from None
-        if image.shape[1:] != (size, size):
-            image = TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])
-        return image
+        images = [self.source[i] for i in indices]
+        images = [x if isinstance(x, Tensor) else read_image(x, self.size) for x in images]
+        return torch.stack(images)
 
     def batch(self, indices, device="cpu") -> Tensor:
         """Float images (len(indices), 3, size, size) in [0, 1]."""
@@ -826,12 +798,7 @@ def load_images(config: Config, train: bool) -> ImageSet:
     if config.dataset == "shapes":
         images = draw_shapes(8000 if train else 1000, seed=0 if train else 1, size=size)
     elif folder.is_dir():
-        tree = torchvision.datasets.ImageFolder(folder)
-        paths, labels = map(list, zip(*tree.samples))
-        images = ImageSet(labels, tree.classes, size, paths)
-        if size <= 64 and len(paths) * size**2 < 2**28:  # below 1 GB: decoded once
-            print(f"decoding {len(paths)} images of {folder}", flush=True)
-            images.source = [images.decode(path) for path in paths]
+        images = read_tree(folder, size)
     elif config.dataset == "cifar10":
         images = read_cifar10(root, train, size)
     else:
@@ -844,11 +811,41 @@ def load_images(config: Config, train: bool) -> ImageSet:
     return images
 
 
-def read_cifar10(root: Path, train: bool, size: int) -> ImageSet:
-    """CIFAR-10 as published, downloaded if it is not there."""
+def read_tree(folder: Path, size: int) -> ImageSet:
+    """Images in a folder per class; below 1 GB they are decoded once."""
     try:
-        download = not Path(root, "cifar-10-batches-py").is_dir()
-        data = torchvision.datasets.CIFAR10(root, train, download=download)
+        tree = torchvision.datasets.ImageFolder(folder)
+    except FileNotFoundError as error:  # a class has no images
+        raise ValueError(f"{folder}: {str(error).split('. ')[0]}") from None
+    paths, labels = map(list, zip(*tree.samples))
+    if size <= 64 and len(paths) * size**2 < 2**28:
+        print(f"decoding {len(paths)} images of {folder}", flush=True)
+        paths = [read_image(path, size) for path in paths]
+    return ImageSet(labels, tree.classes, size, paths)
+
+
+def read_image(path: str, size: int) -> Tensor:
+    """RGB uint8 (3, size, size): shorter side resized, centre cropped, no EXIF turn."""
+    try:
+        with Image.open(path) as file:
+            eight_bits = file.mode[0] not in "IF"
+            require(eight_bits, f"mode {file.mode} has no fixed range: save it with 8 bits")
+            image = TF.pil_to_tensor(file.convert("RGB"))
+    except Exception as error:  # decoders raise many kinds for broken files
+        message = f"{path}: no readable image ({str(error)[:80]}); repair or remove it"
+        raise ValueError(message) from None
+    if image.shape[1:] != (size, size):
+        image = TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])
+    return image
+
+
+def read_cifar10(root: Path, train: bool, size: int) -> ImageSet:
+    """CIFAR-10 as published; rank 0 downloads it if it is not there."""
+    try:
+        if RANK == 0 and not Path(root, "cifar-10-batches-py").is_dir():
+            torchvision.datasets.CIFAR10(root, download=True)
+        gather(None)
+        data = torchvision.datasets.CIFAR10(root, train)
     except Exception:  # network and file errors of many kinds, one remedy
         source = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
         message = f"no CIFAR-10 in --data {root}, no download; unpack {source} there"
@@ -859,44 +856,31 @@ def read_cifar10(root: Path, train: bool, size: int) -> ImageSet:
     return ImageSet(labels.tolist(), data.classes, size, list(pixels))
 
 
-SHAPES = {  # what is inside each shape, by coordinates u, v and b = max(|u|, |v|) in [-1, 1]
-    "bars across": lambda u, v, b: (b < 1) & ((7 * v).sin() > 0),
-    "bars upright": lambda u, v, b: (b < 1) & ((7 * u).sin() > 0),
-    "checkers": lambda u, v, b: (b < 1) & (((7 * u).sin() > 0) ^ ((7 * v).sin() > 0)),
-    "cross": lambda u, v, b: (u.hypot(v) < 1.1) & ((u.abs() - v.abs()).abs() < 0.42),
-    "disk": lambda u, v, b: u.hypot(v) < 1,
-    "frame": lambda u, v, b: (b < 0.95) & (b >= 0.55),
-    "plus": lambda u, v, b: (b < 1) & (torch.minimum(u.abs(), v.abs()) < 0.3),
-    "ring": lambda u, v, b: (u.hypot(v) < 1) & (u.hypot(v) > 0.6),
-    "square": lambda u, v, b: b < 0.85,
-    "triangle": lambda u, v, b: (v < 0.8) & (v > 2 * u.abs() - 1),
-}
+PETALS = 0, 2, 3, 4, 5  # of a flower; without any it is a disk
 
 
 def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
-    """Ten classes, each shape of its own place, size, tilt, colour, on a mottled ground."""
+    """Ten classes: flowers, filled or hollow, of own place, size, tilt, colour and ground."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
-        return low + (high - low) * torch.rand(*shape, generator=generator)
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
+    classes = [f"{petals} petals, {kind}" for petals in PETALS for kind in ("filled", "hollow")]
+    labels = torch.arange(count) * len(classes) // count
+    petals, hollow = torch.tensor(PETALS)[labels // 2], labels % 2
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
-    labels = [i * len(SHAPES) // count for i in range(count)]
-    pixels = []
-    for label, inside in enumerate(SHAPES.values()):
-        k = labels.count(label)
-        half, tilt = uniform(0.4, 0.75, k, 1, 1), uniform(-0.3, 0.3, k, 1, 1)
-        dx, dy = x - uniform(-0.3, 0.3, k, 1, 1), y - uniform(-0.3, 0.3, k, 1, 1)
-        u = (dx * tilt.cos() + dy * tilt.sin()) / half
-        v = (dy * tilt.cos() - dx * tilt.sin()) / half
-        mask = inside(u, v, torch.maximum(u.abs(), v.abs()))[:, None]
-        mottle = uniform(-0.15, 0.15, k, 3, 5, 5)
-        mottle = F.interpolate(mottle, size, mode="bilinear", align_corners=True)
-        sign = uniform(-1, 1, k, 3, 1, 1).sign()
-        ground = uniform(0.25, 0.75, k, 3, 1, 1) + mottle
-        image = ground + uniform(0.15, 0.45, k, 1, 1, 1) * sign * mask
-        pixels.append(image.clamp(0, 1).mul(255).round().to(torch.uint8))
-    return ImageSet(labels, list(SHAPES), size, list(torch.cat(pixels)))
+    x, y = x - uniform(-0.25, 0.25, 1, 1), y - uniform(-0.25, 0.25, 1, 1)
+    radius = x.hypot(y) / uniform(0.55, 0.85, 1, 1)
+    angle = torch.atan2(y, x) + uniform(-0.3, 0.3, 1, 1)
+    edge = 0.65 + 0.35 * (petals[:, None, None] * angle).cos()
+    inside = (radius < edge) & (radius > 0.55 * hollow[:, None, None] * edge)
+    mottle = uniform(-0.15, 0.15, 3, 5, 5)
+    mottle = F.interpolate(mottle, size, mode="bilinear", align_corners=True)
+    ground = uniform(0.25, 0.75, 3, 1, 1) + mottle
+    colour = uniform(0.25, 0.55, 1, 1, 1) * uniform(-1, 1, 3, 1, 1).sign()
+    pixels = (ground + colour * inside[:, None]).clamp(0, 1).mul(255).round()
+    return ImageSet(labels.tolist(), classes, size, list(pixels.to(torch.uint8)))
 
 
 # ---- processes of torchrun: rank 0 writes and prints ----
@@ -1002,11 +986,11 @@ def main(argv=None) -> int:
         return 0
     except KeyboardInterrupt:
         code, message = 130, f"interrupted; {remedy} the run"
-    except ValueError as error:  # ours; a worker's has its traceback in front
+    except (ValueError, FloatingPointError) as error:  # a worker's has its traceback in front
         line = str(error).strip().splitlines()[-1]
         message = f"error: {line.removeprefix('ValueError: ')}"
     except OSError as error:  # no permission, no space: whatever was finished is on disk
-        where = error.filename or config.out
+        where = error.filename or config.out  # a full disk names no file
         message = f"error: {where}: {error.strerror or error}; {remedy}"
     except torch.OutOfMemoryError:
         message = f"error: memory; give a smaller --eval-batch or --batch-size; {remedy}"

@@ -42,7 +42,7 @@ from certify import ABSTAIN, Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig, actor_loss, critic_loss, soft_update
 
 HERE = Path(__file__).parent
-LINES = 2444
+LINES = 2428
 KEY = "0|test"
 
 
@@ -1550,9 +1550,10 @@ def search_records(tmp_path, acrs, again, state=None, save=lambda state: None, *
         seen.append((policy, final))
         return next(again if final else acrs)
 
-    parts = environment, evaluate, base_cache(), config, tmp_path / "log", state, save
+    parts = environment, evaluate, base_cache(), config, tmp_path, state, save
     best = arq.run_search(*parts, **options)
-    records = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    lines = (tmp_path / "search.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
     assert best == arq.best_policy(records)
     return records, [policy for policy, final in seen if final]
 
@@ -1696,14 +1697,20 @@ def test_training_continues_bit_for_bit(bits):
     assert all(map(torch.equal, whole, continued))
 
 
-def test_a_loss_that_is_not_finite_ends_training():
+def test_training_that_diverges_or_has_no_loss_per_image_ends():
+    """With nothing saved of it, and whether or not something is to be saved."""
     config = arq.parse_config(["--batch-size", "16", "--device", "cpu"])
-    classifier, saved = models.build_classifier("resnet8", 10), []
-    nn.init.constant_(classifier.net.fc.weight, math.inf)
-    images = arq.draw_shapes(32, seed=0, size=16)
-    with pytest.raises(ValueError, match="infinite loss at batch 2"):
-        arq.train(classifier, images, config, 2, 0.1, save=saved.append)
+    images, saved = arq.draw_shapes(32, seed=0, size=16), []
+    for save in (saved.append, None):
+        classifier = models.build_classifier("resnet8", 10)
+        with pytest.raises(FloatingPointError, match="diverged by batch 2"):
+            arq.train(classifier, images, config, 2, 1e30, save=save)
     assert not saved
+    mean = lambda *batch: arq.noise_augmentation(*batch).mean()  # noqa: E731
+    with pytest.raises(ValueError, match="one value per image"):
+        arq.train(models.build_classifier("resnet8", 10), images, config, 2, 0.1, loss=mean)
+    with pytest.raises(ValueError, match="--batch-size 16"):
+        arq.train(classifier, images.subset(range(8)), config, 2, 0.1)
 
 
 def test_a_share_of_the_targets_is_the_teachers_under_other_noise():
@@ -1820,6 +1827,7 @@ def fails(arguments, capsys, *words, code=2) -> bool:
     "arguments, words",
     [
         ("--sigma 0", ["--sigma", "0.001"]),
+        ("--sigma 25", ["--sigma", "from 0.001 to 4", "[0, 1] pixels"]),
         ("--sigma nan", ["--sigma"]),
         ("--budget 0.004", ["--budget", "0.00"]),
         ("--n 9", ["--n 9", "at least 10"]),
@@ -1854,17 +1862,18 @@ def test_files_that_are_no_use_are_refused_in_one_line(tmp_path, monkeypatch, ca
     assert fails(["--checkpoint", "empty.pt"], capsys, "empty.pt", "empty")
     for name in ("train/a", "train/b", "test/a", "test/b"):
         Path("data", name).mkdir(parents=True)
-    assert fails("--dataset folder --data data".split(), capsys, "for the classes a, b")
+    assert fails("--dataset folder --data data".split(), capsys, "train: ", "classes a, b")
     classifier, table, _ = quantized()
     packed_and_loaded(classifier, table, tmp_path, dataset="mine")
     for wrong, reason in (
+        ("--checkpoint empty.pt", "--evaluate takes no --checkpoint"),
         ("--image-size 16", "omit it"),
         ("--arch resnet20", "omit it"),
         ("--data nowhere", "train/<class>"),  # its own data set is a folder
     ):
         assert fails(f"--evaluate m.arq {wrong}".split(), capsys, wrong.split()[0], reason)
     Path("wide.json").write_text(json.dumps(models.uniform_policy(table, 8)))
-    assert fails("--policy wide.json".split(), capsys, "--policy wide.json", "raise --budget")
+    assert fails("--policy wide.json".split(), capsys, "wide.json", "raise --budget")
 
 
 def test_figures_are_shown_as_they_are_and_never_rounded_up():
@@ -1942,10 +1951,14 @@ def test_a_run_leaves_what_others_script_against(finished_run, tmp_path):
     assert results["file_bytes"] == packed.stat().st_size and saved["policy"] == policy
     assert results["bitops_ratio"] == models.bitops_ratio(table, policy)
     assert hashlib.sha256(packed.read_bytes()).hexdigest().startswith(results["network"])
-    command = f"--evaluate {packed} --images 6 --n 200 --n0 20 --device cpu --out {again}"
-    assert arq.main(command.split()) == 0
-    second = certify.read_certificates(again / "certificates.tsv")
-    assert [r._replace(time="") for r in second] == [r._replace(time="") for r in rows]
+    sizes = "--images 6 --n 200 --n0 20 --device cpu --image-size 12 --sigma 0.1"
+    for file, table in ((packed, "certificates.tsv"), ("base.pt", "base_certificates.tsv")):
+        command = ["--evaluate", str(finished_run / file), "--out", str(again / table)]
+        size = sizes.replace("--image-size 12", "") if file == packed else sizes
+        assert arq.main([*command, *size.split()]) == 0
+        second = certify.read_certificates(again / table / table)
+        first = certify.read_certificates(finished_run / table)
+        assert [r._replace(time="") for r in second] == [r._replace(time="") for r in first]
 
 
 def run_command(arguments, processes=0, **options) -> subprocess.Popen:
@@ -2039,7 +2052,7 @@ def test_a_given_policy_skips_the_search(copied_run, capsys):
     policy["layer1.0.conv1"] = [2, 2]
     Path("run/policy.json").write_text(json.dumps(policy))
     capsys.readouterr()
-    assert fails([*again, "--out", "again"], capsys, "another --policy", "another --out")
+    assert fails([*again, "--out", "again"], capsys, "--policy", "another --out")
     assert fails([*SMALL, "--out", "run"], capsys, "policy.json", "--policy")  # of model.arq
 
 

@@ -151,8 +151,8 @@ def calibrate(classifier, images: arq.ImageSet, config: arq.Config) -> None:
 
 
 # ---- a cell ----
-def choose(method: str, frame: Frame, log: Path, state, save) -> models.Policy:
-    """The method's policy. What a search evaluates is in `log`."""
+def choose(method: str, frame: Frame, path: Path, state, save) -> models.Policy:
+    """The method's policy. What a search evaluates is in search.jsonl at `path`."""
     config, table, images = frame.config, frame.table, frame.train_images
     if method == "uniform":
         return rivals.uniform(table, config.budget)
@@ -172,7 +172,7 @@ def choose(method: str, frame: Frame, log: Path, state, save) -> models.Policy:
         pixels = frame.search_images.batch(range(config.search_images), config.device)
         evaluate = partial(arq.evaluate_policy, search_pixels=pixels, **given)
     environment = arq.BitWidthEnvironment(table, config.budget)
-    search = environment, evaluate, frame.cache, config, log, state, save
+    search = environment, evaluate, frame.cache, config, path, state, save
     return arq.run_search(*search, AGENTS[method.removesuffix(LONG)])
 
 
@@ -208,7 +208,7 @@ def run(c: dict, frame: Frame) -> dict:
     elif method != "base":
         if method.removesuffix(LONG) in AGENTS:
             frame.prepare_search()
-        work = partial(choose, method, frame, log)
+        work = partial(choose, method, frame, folder.path)
         policy = arq.read_json(folder.make("choose", "policy.json", work))
         file = folder.make("fine-tune", "model.arq", partial(finetune, frame, policy))
         classifier, _, _ = models.load_model(file)
