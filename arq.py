@@ -303,7 +303,7 @@ def run(config: Config) -> None:
     contents = {"training set": images.fingerprint(), "test set": test_images.fingerprint()}
     train_images, search_images = hold_out(images, config.search_images)
     test_images = test_images.subset(evenly_spaced(config.images, len(test_images)))
-    base = build_base(config, len(images.classes), config.checkpoint)
+    base = build_base(config, len(images.classes))
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
     environment = BitWidthEnvironment(table, config.budget)
     if config.policy:
@@ -350,32 +350,25 @@ def run(config: Config) -> None:
 
 
 def evaluate_saved(config: Config) -> None:
-    """--evaluate: certify a saved network, packed or a float checkpoint, on the test images."""
+    """--evaluate: certify a packed network, again or on other images."""
     file, images = Path(config.evaluate), load_images(config, False)
-    if models.read_packed(file):
-        purpose = "certificate"
-        classifier, table, description = models.load_model(file)
-        policy = description["policy"]
-        same = description["classes"] == images.classes
-        require(same, f"--evaluate {file} has other classes; give its --data")
-    else:
-        purpose = "base certificate"  # the same noise as in the run's own table
-        classifier = build_base(config, len(images.classes), file)
-        table = models.quantize_model(classifier, config.image_size)
-        policy = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
+    classifier, table, description = models.load_model(file)
+    same = description["classes"] == images.classes
+    require(same, f"--evaluate {file} has other classes; give its --data")
     contents = {"test set": images.fingerprint(), "network": digest(file.read_bytes())}
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
     images = images.subset(evenly_spaced(config.images, len(images)))
     network = integer_network(classifier, config)
-    rows = certified(folder, purpose, network, images, config)
+    rows = certified(folder, "certificate", network, images, config)
+    policy = description["policy"]
     report(summarize(rows, network, table, policy, config, file), folder)
 
 
-def build_base(config: Config, num_classes: int, file=None) -> Classifier:
-    """A float network, of a file or still to be trained, in the fastest memory layout."""
+def build_base(config: Config, num_classes: int) -> Classifier:
+    """A float network, of --checkpoint or to be trained, in the fastest memory layout."""
     torch.manual_seed(config.seed)
-    if file:
-        base = models.load_base_checkpoint(file, config.arch, num_classes)
+    if config.checkpoint:
+        base = models.load_base_checkpoint(config.checkpoint, config.arch, num_classes)
     else:
         base = models.build_classifier(config.arch, num_classes)
     return base.to(config.device, memory_format=torch.channels_last).eval()
@@ -652,7 +645,7 @@ class Config:
     seed: int = option(0, "seed of training, search and noise", 0, MOST)
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
     out: str = option(None, "run folder (default: under runs/, named after the options)")
-    evaluate: str = option(None, "certify this saved network on the test images, and stop")
+    evaluate: str = option(None, "certify this model.arq on the test images, and stop")
 
 
 GROUPS = {"dataset": "data", "arch": "method", "checkpoint": "training"}  # by first option
@@ -696,9 +689,12 @@ def complete_config(given: dict) -> Config:
     if "evaluate" in given:
         alone = given.keys().isdisjoint({"checkpoint", "policy"})
         require(alone, "--evaluate takes no --checkpoint and no --policy")
-        header, _ = models.read_packed(given["evaluate"]) or ({}, b"")
-        saved = {name: header[name] for name in SAVED_OPTIONS if header}
-        for name in saved.keys() & given.keys() & {"arch", "image_size"}:
+        packed = models.read_packed(given["evaluate"])
+        require(
+            packed, f"--evaluate {given['evaluate']}: not a packed network, as model.arq is"
+        )
+        saved = {name: packed[0][name] for name in SAVED_OPTIONS}
+        for name in given.keys() & {"arch", "image_size"}:
             agrees = given[name] == saved[name]
             require(agrees, f"{flag(name)} is {saved[name]} in {given['evaluate']}; omit it")
     dataset = given.get("dataset", saved.get("dataset", "shapes"))

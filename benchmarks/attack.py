@@ -123,10 +123,11 @@ def main(argv=None) -> None:
     options = parser.parse_args(argv)
     options.out.mkdir(exist_ok=True)
     words = f"--dataset cifar10 --sigma 0.25 --images {options.images}"
-    config = arq.parse_config([*words.split(), "--data", options.data])
+    files = ["--data", options.data, "--checkpoint", options.checkpoint]
+    config = arq.parse_config([*words.split(), *files])
     images = arq.load_images(config, train=False)
     images = images.subset(arq.evenly_spaced(options.images, len(images)))
-    base = arq.build_base(config, 10, options.checkpoint)
+    base = arq.build_base(config, 10)
     networks = {"float": base, "4 bits": four_bit_copy(base, config)}
     results = {"sigma": config.sigma, "images": options.images, "steps": STEPS, "draws": DRAWS}
     results |= {"n": N, "alpha": ALPHA, "reach": REACH, "networks": {}}

@@ -38,8 +38,8 @@ LEVEL = 0.9  # of the ACR of n samples
 def build_networks(options, config) -> dict:
     """The float network, and its copies of few bits as they are certified."""
     train_images, held_out = arq.hold_out(arq.load_images(config, train=True), 500)
-    file = f"{options.checkpoints}/resnet20_cifar10_sigma{config.sigma:.2f}.pt"
-    networks = {"float": arq.build_base(config, 10, file)}
+    config.checkpoint = f"{options.checkpoints}/resnet20_cifar10_sigma{config.sigma:.2f}.pt"
+    networks = {"float": arq.build_base(config, 10)}
     start, table = arq.prepare(networks["float"], held_out, config)
     for name, num_batches in TUNING_BATCHES.items():
         classifier = copy.deepcopy(start)
