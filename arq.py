@@ -690,9 +690,7 @@ def complete_config(given: dict) -> Config:
         alone = given.keys().isdisjoint({"checkpoint", "policy"})
         require(alone, "--evaluate takes no --checkpoint and no --policy")
         packed = models.read_packed(given["evaluate"])
-        require(
-            packed, f"--evaluate {given['evaluate']}: not a packed network, as model.arq is"
-        )
+        require(packed, f"--evaluate {given['evaluate']}: no packed network (model.arq)")
         saved = {name: packed[0][name] for name in SAVED_OPTIONS}
         for name in given.keys() & {"arch", "image_size"}:
             agrees = given[name] == saved[name]
