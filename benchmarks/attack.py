@@ -6,7 +6,7 @@ Certifies CIFAR-10 images with the float network and a 4-bit copy, and attacks r
 certificates within 0.999 of the radius R, where the smoothed class must not change, and within
 2 R, where nothing is promised (SmoothAdv, Salman et al., NeurIPS 2019). Broken: PREDICT, on
 noise of its own, returns another class. Either may err with probability alpha per image. The
-integer network is judged; gradients are those of its simulation. Prints a table and writes
+integer network is judged; gradients are those of its simulation. Prints, and writes
 results/attack.json: eight minutes for 40 images on a CPU.
 """
 
@@ -25,7 +25,7 @@ import certify
 import models
 
 ROOT = Path(__file__).resolve().parents[1]
-N, ALPHA = 1000, 0.001
+IMAGES, N, ALPHA = 40, 1000, 0.001
 REACH = {"inside": 0.999, "twice": 2.0}  # how far the attacker may go, in certified radii
 STEPS, DRAWS = 20, 16  # of gradient ascent; noisy copies in each
 BLOCK = 10  # images attacked together
@@ -73,7 +73,7 @@ def attack_network(classifier, images: arq.ImageSet, config) -> dict:
         g = smooth(network, config, "before the attack")
         rows = g.certify(x, block.labels, block.ids, n=N, alpha=ALPHA)
         right = [i for i, row in enumerate(rows) if row.correct]
-        if right == []:
+        if not right:
             continue
         ids = [block.ids[i] for i in right]
         labels = torch.tensor([block.labels[i] for i in right], device=config.device)
@@ -84,8 +84,8 @@ def attack_network(classifier, images: arq.ImageSet, config) -> dict:
             judge = smooth(network, config, f"attacked, {reach}")
             classes = judge.predict(moved, ids, N, ALPHA)
             for label, predicted in zip(labels.tolist(), classes):
-                outcomes_by_class = {label: "held", certify.ABSTAIN: "abstained"}
-                counts[outcomes_by_class.get(predicted, "broken")] += 1
+                names = {label: "held", certify.ABSTAIN: "abstained"}
+                counts[names.get(predicted, "broken")] += 1
         print(f"{first + len(block)} images: {outcomes}", flush=True)
     return {"certified": sum(outcomes["inside"].values()), **outcomes}
 
@@ -104,37 +104,23 @@ def four_bit_copy(base, config):
     return classifier
 
 
-def report(results: dict) -> str:
-    lines = ["| network | certified | broken inside | broken within 2 R |", "|---|---|---|---|"]
-    for name, found in results["networks"].items():
-        cells = [name, f"{found['certified']} of {results['images']}"]
-        for reach in REACH:
-            cells.append("{broken} ({abstained} abstain)".format(**found[reach]))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data", help="image tree of CIFAR-10")
     parser.add_argument("--checkpoint", required=True, help="float ResNet-20")
-    parser.add_argument("--images", type=int, default=40)
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
     options = parser.parse_args(argv)
-    options.out.mkdir(exist_ok=True)
-    words = f"--dataset cifar10 --sigma 0.25 --images {options.images}"
+    words = "--dataset cifar10 --sigma 0.25".split()
     files = ["--data", options.data, "--checkpoint", options.checkpoint]
-    config = arq.parse_config([*words.split(), *files])
+    config = arq.parse_config([*words, *files])
     images = arq.load_images(config, train=False)
-    images = images.subset(arq.evenly_spaced(options.images, len(images)))
+    images = images.subset(arq.evenly_spaced(IMAGES, len(images)))
     base = arq.build_base(config, 10)
     networks = {"float": base, "4 bits": four_bit_copy(base, config)}
-    results = {"sigma": config.sigma, "images": options.images, "steps": STEPS, "draws": DRAWS}
+    results = {"sigma": config.sigma, "images": IMAGES, "steps": STEPS, "draws": DRAWS}
     results |= {"n": N, "alpha": ALPHA, "reach": REACH, "networks": {}}
     for name, classifier in networks.items():
         results["networks"][name] = attack_network(classifier, images, config)
-    arq.write_whole(options.out / "attack.json", results)
-    print(report(results))
+    arq.write_whole(ROOT / "results" / "attack.json", results)
 
 
 if __name__ == "__main__":

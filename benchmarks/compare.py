@@ -1,13 +1,11 @@
 """ARQ and its rivals in one frame: the same base, quantizer, fine-tuning and certificates.
 
-    python benchmarks/compare.py --data DIR --checkpoints DIR [--cells sigma0.25-budget0.015
-    ...]
+    python benchmarks/compare.py --data DIR --checkpoints DIR
 
 A cell is (method, sigma, budget, seed, n). Each finished one is a line of cells.jsonl, in
 results/compare/, with its radii; tables and differences are computed from these lines. The
 command goes on where it stopped, in the order of CELLS, and prints the tables at its end.
 --checkpoints holds resnet20_cifar10_sigma{0.25,0.50,1.00}.pt, --data the images of CIFAR-10.
---cells: only those whose names begin so; several commands may work on different ones at a time.
 --table: print the tables of what is there, and stop."""
 
 import argparse
@@ -18,7 +16,6 @@ import math
 import platform
 import statistics
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -92,17 +89,9 @@ class Frame:
         contents["checkpoint"] = arq.digest(checkpoint.read_bytes())
         self.options = dataclasses.asdict(config) | contents | {"n": None}
 
-    def folder(self, name: str, **left_open) -> arq.RunFolder:
-        """A run folder, once no other process is at work in it. left_open: options it
-        ignores."""
-        while True:
-            try:
-                return arq.RunFolder(RUNS / name, self.options | left_open)
-            except ValueError as error:
-                if "another process" not in str(error):
-                    raise
-                print(f"{error}: waiting", flush=True)
-                time.sleep(20)
+    def folder(self, name: str, **ignored) -> arq.RunFolder:
+        """A run folder; `ignored` options may differ from those that it was made with."""
+        return arq.RunFolder(RUNS / name, self.options | ignored)
 
     def prepare_search(self) -> None:
         """`cache`, of a sigma and seed, and `start`, from which episodes start, of a budget."""
@@ -241,12 +230,11 @@ def run(c: dict, frame: Frame) -> dict:
 
 # ---- the lines, and tables of them ----
 def append(c: dict) -> None:
-    """One write of a whole line: commands that run at the same time share the file."""
+    """The line starts anew after one that a kill cut short."""
     file = RESULTS / "cells.jsonl"
     cut_short = file.exists() and not file.read_bytes().endswith(b"\n")
-    line = "\n" * cut_short + json.dumps(c) + "\n"
-    with file.open("ab", buffering=0) as stream:
-        stream.write(line.encode())
+    with file.open("a") as stream:
+        stream.write("\n" * cut_short + json.dumps(c) + "\n")
 
 
 def read_cells() -> list[dict]:
@@ -294,6 +282,15 @@ def markdown(titles: list[str], rows: list[list]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def title_of(place: tuple[float, float]) -> str:
+    sigma, budget = place
+    return f"{sigma:g}, {100 * budget:g} %"
+
+
+def mark(seeds: list[dict]) -> str:
+    return f" ({len(seeds)})" if len(seeds) > 1 else ""
+
+
 def headline_table(cells: list[dict]) -> str:
     """The float networks and ARQ with n = 10,000; intervals are paired over images."""
     rows = []
@@ -319,11 +316,9 @@ def acr_table(cells: list[dict]) -> str:
     rows = []
     for method in FLOAT + METHODS:
         seeds = [at(cells, method, *place) for place in PLACES]
-        texts = [arq.cut(mean_acr(some)) if some else "" for some in seeds]
-        marks = [f" ({len(some)})" if len(some) > 1 else "" for some in seeds]
-        rows.append([method, *[text + mark for text, mark in zip(texts, marks)]])
-    titles = [f"{sigma:g}, {100 * budget:g} %" for sigma, budget in PLACES]
-    return markdown(["method; sigma, budget", *titles], rows)
+        texts = [arq.cut(mean_acr(cells)) + mark(cells) if cells else "" for cells in seeds]
+        rows.append([method, *texts])
+    return markdown(["method; sigma, budget", *map(title_of, PLACES)], rows)
 
 
 def difference_table(cells: list[dict], ours: str = "ARQ") -> str:
@@ -334,29 +329,21 @@ def difference_table(cells: list[dict], ours: str = "ARQ") -> str:
         row = [method]
         for place in places:
             seeds, others = at(cells, ours, *place), at(cells, method, *place)
-            text = ""
-            if others:
-                text = "{:+.4f} ({:.4f})".format(*acr_difference(seeds, others))
-                text += f" ({len(seeds)})" if len(seeds) > 1 else ""
-            row.append(text)
+            text = "{:+.4f} ({:.4f})".format(*acr_difference(seeds, others)) if others else ""
+            row.append(text + mark(seeds) * bool(others))
         rows.append(row)
-    titles = [f"{sigma:g}, {100 * budget:g} %" for sigma, budget in places]
-    return markdown([f"{ours} less", *titles], [row for row in rows if any(row[1:])])
+    titles = [f"{ours} less", *map(title_of, places)]
+    return markdown(titles, [row for row in rows if any(row[1:])])
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data")
     parser.add_argument("--checkpoints", type=Path, default=Path("."))
-    parser.add_argument("--cells", nargs="*", default=[""])
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args(argv)
-    starts = tuple(options.cells)
-    wanted = [c for c in CELLS if name_of(c).startswith(starts)]
-    if not wanted:
-        parser.error(f"--cells: no cell is named so; one is {name_of(CELLS[0])}")
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for c in [] if options.table else wanted:
+    for c in [] if options.table else CELLS:
         if name_of(c) in map(name_of, read_cells()):
             continue
         print(f"{name_of(c)} ...", flush=True)

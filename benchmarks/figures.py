@@ -17,14 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
-
-try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-except ImportError:  # main says what to do
-    plt = None
+from matplotlib import pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -227,10 +220,7 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, help="a run folder of arq.py")
     options = parser.parse_args(argv)
-    if plt is None:
-        parser.error("matplotlib is missing: pip install matplotlib")
-    if options.run and not (options.run / "policy.json").exists():
-        parser.error(f"{options.run} holds no policy.json: is it the folder of a finished run?")
+    plt.switch_backend("agg")
     plt.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3})
     folder, figures = options.run or compare.RESULTS, {}
     if options.run:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import arq
 import models
 
-ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "networks.json"
 TORCHVISION = (
     "vgg11_bn squeezenet1_1 shufflenet_v2_x0_5 regnet_y_400mf regnet_x_400mf densenet121 "
     "efficientnet_b0 efficientnet_v2_s mobilenet_v3_small mnasnet0_5 resnext50_32x4d "
@@ -65,8 +65,10 @@ def pre_activation(first: int, widths: list[int], blocks: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(c_in, 10))
 
 
-PRE_ACTIVATION = {"wide_resnet28_2": (16, [32, 64, 128], 4)}
-PRE_ACTIVATION["preact_resnet18"] = 64, [64, 128, 256, 512], 2
+PRE_ACTIVATION = {
+    "wide_resnet28_2": (16, [32, 64, 128], 4),
+    "preact_resnet18": (64, [64, 128, 256, 512], 2),
+}
 
 
 def build(name: str) -> tuple[nn.Module, int]:
@@ -125,27 +127,22 @@ def compare(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    names = [*TORCHVISION, *PRE_ACTIVATION]
-    parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--model", type=Path, help="a packed network")
     parser.add_argument("--data", default="data", help="its images")
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
     options = parser.parse_args(argv)
-    options.out.mkdir(exist_ok=True)
     warnings.filterwarnings("ignore")
-    path = options.out / "networks.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if options.model:
         results["trained"] = compare_backends(options.model, options.data)
         print(results["trained"])
     else:
         results["random weights"] = []
         print("network, image size, layers, MACs, backend, largest and median difference")
-        for name in options.only:
+        for name in [*TORCHVISION, *PRE_ACTIVATION]:
             row = compare_arithmetic(name)
             results["random weights"].append(row)
             print(*row.values(), flush=True)
-    arq.write_whole(path, results)
+    arq.write_whole(RESULTS, results)
 
 
 if __name__ == "__main__":

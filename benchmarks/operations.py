@@ -29,37 +29,35 @@ import certify
 
 ROOT = Path(__file__).resolve().parents[1]
 ARQ = [sys.executable, str(ROOT / "arq.py")]
+RESULTS = ROOT / "results" / "operations.json"
 MODEL = ROOT / "results" / "shapes-resnet8-sigma0.25" / "model.arq"
 SMALL_RUN = (
     "--image-size 16 --epochs 4 --episodes 12 --episode-batches 4 --finetune-epochs 2.5 "
     "--images 40 --n 400 --search-images 40 --search-n 400 --n-p 100 --device cpu"
 )
-FOLDER_RUN = (  # images of more than 64 pixels are not kept in memory
-    f"{SMALL_RUN} --dataset folder --arch resnet8 --image-size 65 --epochs 1 --episodes 2 "
-    "--finetune-epochs 0.1"
-)
+FOLDER_RUN = SMALL_RUN + " --dataset folder --arch resnet8 --epochs 1 --episodes 2"
+FOLDER_RUN += " --image-size 65 --finetune-epochs 0.1"  # above 64 pixels files are streamed
 
 
 # ---- killed again and again ----
 def contents(folder: Path) -> dict:
     """What a run left, by file, without times."""
     names = "policy.json", "model.arq", "config.json"
-    found = {name: Path(folder, name).read_bytes() for name in names}
+    left = {name: (folder / name).read_bytes() for name in names}
     weights = arq.read_state(folder / "base.pt")
-    found["base.pt"] = {name: value.tolist() for name, value in weights.items()}
-    cache = arq.read_cache(folder / "search_cache.pt")
-    tables = {"search_cache.pt": cache.certificates}
+    left["base.pt"] = {name: value.tolist() for name, value in weights.items()}
     for name in ("certificates.tsv", "base_certificates.tsv"):
-        tables[name] = certify.read_certificates(folder / name)
-    for name, rows in tables.items():
-        found[name] = [row._replace(time="") for row in rows]
-    found["search_cache.pt"].append(cache.predictions.tolist())
-    lines = Path(folder, "search.jsonl").read_text().splitlines()
-    found["search.jsonl"] = [json.loads(line) for line in lines]
-    found["results.json"] = json.loads(Path(folder, "results.json").read_text())
-    for record in [*found["search.jsonl"], found["results.json"]]:
+        rows = certify.read_certificates(folder / name)
+        left[name] = [row._replace(time="") for row in rows]
+    cache = arq.read_cache(folder / "search_cache.pt")
+    rows = [row._replace(time="") for row in cache.certificates]
+    left["search_cache.pt"] = rows, cache.predictions.tolist()
+    lines = (folder / "search.jsonl").read_text().splitlines()
+    left["search.jsonl"] = [json.loads(line) for line in lines]
+    left["results.json"] = arq.read_json(folder / "results.json")
+    for record in [*left["search.jsonl"], left["results.json"]]:
         del record["seconds"]
-    return found
+    return left
 
 
 def run_for(place: Path, words: str, seconds: float | None) -> str | None:
@@ -96,8 +94,8 @@ def kills(count: int, words: str) -> dict:
                 print(f"  kill {len(log)} {log[-1]}", flush=True)
                 continue
             runs += 1
-            found = contents(broken / "run")
-            differing |= {name for name in found if found[name] != expected[name]}
+            left = contents(broken / "run")
+            differing |= {name for name in left if left[name] != expected[name]}
             if len(log) == count:
                 break
             shutil.rmtree(broken)
@@ -136,15 +134,8 @@ def memory(data: str) -> dict:
                 target.mkdir(parents=True)
                 for file in sorted(folder.iterdir())[: count // 10]:
                     (target / file.name).symlink_to(file.resolve())
-            command = [
-                *ARQ,
-                *FOLDER_RUN.split(),
-                "--data",
-                f"{place}/data",
-                "--out",
-                f"{place}/run",
-            ]
-            process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            words = f"{FOLDER_RUN} --data {place}/data --out {place}/run"
+            process = subprocess.Popen([*ARQ, *words.split()], stdout=subprocess.DEVNULL)
             _, status, usage = os.wait4(process.pid, 0)
             assert status == 0, f"a run on {count} images failed"
         peaks[str(count)] = usage.ru_maxrss / 1024
@@ -155,20 +146,17 @@ def memory(data: str) -> dict:
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=("kills", "processes", "memory"))
-    parser.add_argument("--count", type=int, help="of kills (20) or rounds (5)")
     parser.add_argument("--data", default="data")
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
     options = parser.parse_args(argv)
     if options.part == "kills":
-        found = kills(options.count or 20, SMALL_RUN)
+        measured = kills(20, SMALL_RUN)
     elif options.part == "processes":
-        found = processes(options.count or 5)
+        measured = processes(5)
     else:
-        found = memory(options.data)
-    path = options.out / "operations.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    arq.write_whole(path, {**results, options.part: found})
-    print(json.dumps(found, indent=1))
+        measured = memory(options.data)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    arq.write_whole(RESULTS, {**results, options.part: measured})
+    print(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":

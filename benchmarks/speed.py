@@ -1,4 +1,4 @@
-"""How fast are certification, quantized training, and an episode of the search?
+"""How fast are certification and quantized training?
 
     python benchmarks/speed.py          # nine minutes; --quick: two, ResNet-20 on one thread
 
@@ -6,9 +6,9 @@ Medians of rounds in turn, in one process; weights are random, which changes no 
 certification: noisy images per second, of float as published code runs it (BatchNorm unfolded,
 NCHW), float at its best (folded, channels_last), fake-quantized as usual (scale, round, clip
 and back, at every call), and integer networks; 4 bits, first and last layer 8. training:
-quantized and float ResNet-20 in float32 and bfloat16, over float in float32. episode: seconds
-of its parts, as in the CIFAR-10 run of results/. Prints, and writes results/speed.json, by
-instruction set: ONEDNN_MAX_CPU_ISA=AVX2 in front makes a processor one without VNNI.
+quantized and float ResNet-20 in float32 and bfloat16, over float in float32. Prints, and
+writes results/speed.json, by instruction set: ONEDNN_MAX_CPU_ISA=AVX2 in front makes a
+processor one without VNNI.
 """
 
 import argparse
@@ -30,9 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import arq
 import certify
 import models
-from ddpg import DDPG, DDPGConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "speed.json"
 ROUNDS = 3
 
 
@@ -147,65 +146,26 @@ def training() -> dict:
     return {name: round(reference / value, 3) for name, value in seconds.items()}
 
 
-# ---- an episode ----
-def episode() -> dict:
-    """Seconds of an episode's parts, and the share that is neither training nor sampling."""
-    pixels = torch.randint(0, 256, (300, 3, 32, 32), dtype=torch.uint8)
-    images = arq.ImageSet([i % 10 for i in range(300)], list("abcdefghij"), 32, pixels)
-    train_images, search_images = arq.hold_out(images, 100)
-    config = arq.parse_config("--arch resnet20 --device cpu".split())
-    base = arq.build_base(config, 10)
-    start, table = arq.prepare(base, search_images, config)
-    x = search_images.batch(range(100))
-    g = certify.Smooth(base, 10, 0.25, batch_size=config.eval_batch)
-    selected = g.sample_under_noise(x, search_images.ids, 100, g.key + "/select").argmax(1)
-    cache = g.certify_and_cache(x, selected, search_images.ids, n=500)  # all are right
-    environment = arq.BitWidthEnvironment(table, config.budget)
-    agent = DDPG(environment.state_size, 0, DDPGConfig(episodes=50, warmup_episodes=1))
-    seconds = {}
-
-    def timed(name: str, work, *arguments):
-        began = time.perf_counter()
-        result = work(*arguments)
-        seconds.setdefault(name, []).append(time.perf_counter() - began)
-        return result
-
-    for i in range(ROUNDS + 1):
-        states, actions, policy = timed("agent acts", environment.rollout, agent.act)
-        quantized = timed("copy", copy.deepcopy, start)
-        timed("step sizes of the new bit-widths", models.set_policy, quantized, policy)
-        timed("train", arq.train, quantized, train_images, config, 12, arq.EPISODE_LR)
-        network = timed("integer network, checked", arq.integer_network, quantized, config)
-        g = certify.Smooth(network, 10, 0.25, batch_size=config.eval_batch)
-        timed("sample", g.certify_incremental, x, cache, 250)
-        timed("agent learns", agent.learn, states, actions, float(i))
-    seconds = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    other = 1 - (seconds["train"] + seconds["sample"]) / sum(seconds.values())
-    return {"seconds": seconds, "neither training nor sampling": round(other, 4)}
-
-
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="ResNet-20 on one thread")
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
     options = parser.parse_args(argv)
-    options.out.mkdir(exist_ok=True)
     for option, value in ((-3, 2**30), (-1, 2**31 - 1)):  # keeps freed memory, as arq.main does
         ctypes.CDLL(None).mallopt(option, value)
     batch_sizes = [50, 100] if options.quick else [10, 25, 50, 100, 250, 1000]
-    found = {"torch": torch.__version__, "capability": torch.backends.cpu.get_cpu_capability()}
+    measured = {"torch": torch.__version__}
+    measured["capability"] = torch.backends.cpu.get_cpu_capability()
     for threads in (1,) if options.quick else (1, 2):
         torch.set_num_threads(threads)
         parts = {"resnet20": certification("resnet20", 32, batch_sizes)}
         if not options.quick:
             parts["resnet50"] = certification("resnet50", 224, [10])
-        parts |= {"training": training(), "episode": episode()}
-        found[f"{threads} threads"] = parts
-    path = options.out / "speed.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+        parts["training"] = training()
+        measured[f"{threads} threads"] = parts
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     name = os.environ.get("ONEDNN_MAX_CPU_ISA", "all instructions")
-    arq.write_whole(path, {**results, name: found})
-    print(json.dumps(found, indent=1))
+    arq.write_whole(RESULTS, {**results, name: measured})
+    print(json.dumps(measured, indent=1))
 
 
 if __name__ == "__main__":
