@@ -108,7 +108,7 @@ def noise_table(sigma: float, levels: int, device) -> tuple[int, Tensor, Tensor]
 
 
 def draw_noise(key: str, image_id: int, chunk: int, shape, device, sigma, levels) -> Tensor:
-    """m or, without levels, eps (CHUNK, *shape); equal for equal arguments and device type."""
+    """m or, without levels, eps (CHUNK, *shape), equal for equal arguments and devices."""
     start = hashlib.sha256(f"{key}|{image_id}".encode()).digest()
     # CPU generators keep 32 bits: chunks count up from start, so none repeats.
     seed = (int.from_bytes(start[:4], "little") + chunk) % 2**32
@@ -230,8 +230,9 @@ class Smooth:
         correct = (predicted == labels).long()
         seconds = timedelta(seconds=(time.monotonic() - start) / len(labels))
         answer = [ids, labels, predicted, radius, correct, repeat(str(seconds))]
+        votes = [selected, n_a, n_b, sizes]
         settings = map(repeat, (n0, self.sigma, alpha, self.levels))
-        rows = _records(Certificate, [*answer, selected, n_a, n_b, sizes, *settings])
+        rows = _records(Certificate, [*answer, *votes, *settings])
         missing = n - predictions.shape[1]  # if all images were skipped
         return ReplayCache(rows, nn.functional.pad(predictions, (0, missing)), key)
 
@@ -370,7 +371,7 @@ class Smooth:
         logits = self.classifier(noisy)
         self.samples += len(noisy)
         shape = getattr(logits, "shape", type(logits).__name__)
-        require(shape[:-1] == noisy.shape[:1], f"f gives no logits (B, classes): {shape}")
+        require(shape[:-1] == noisy.shape[:1], f"no logits (B, classes): {shape}")
         self.num_classes = self.num_classes or shape[1]
         same = 1 < shape[1] == self.num_classes
         require(same, f"{self.num_classes} classes, but {shape[1]} logits")
@@ -398,8 +399,8 @@ def _full_batches(parts, size: int):
 
 # ---- aggregates and files ----
 def two_sided(rows: list[Certificate]) -> list[Certificate]:
-    """The same by Theorem 2.1, p_A and p_B at alpha / 2 each; n_b bounds the runner-up, too.
-    Either radius fails with at most alpha; the larger, taken afterwards, 1.5 alpha."""
+    """The same by Theorem 2.1, p_A and p_B at alpha / 2 each; n_b bounds the runner-up.
+    Either radius fails with alpha; the larger, taken afterwards, with 1.5 alpha."""
     certificates = []
     for row in rows:
         counted = getattr(row, "n_b", None) is not None

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # spinning threads cost minutes on sh
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # small networks: a second thread costs time
 
 import torch
-from scipy.stats import binom, binomtest, norm
+from scipy.stats import binom, binomtest, chi2_contingency, chisquare, norm
 from torch import nn
 from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
@@ -84,14 +85,27 @@ def test_bounds_invert_the_exact_binomial_tail():
     assert torch.allclose(below, alpha[k < n], rtol=1e-6, atol=0)
 
 
-def test_radii_others_published_are_ours():
-    """From certificates that others published for ResNet-110 (n = 100,000, alpha 0.001)."""
-    published = "0.377 0.465 0.587 0.601 0.358 0.536 0.383 0.251 0.0841 0.953 0.0288 0.00431"
-    votes = torch.arange(50_000, 100_001)
-    p_a = certify.lower_confidence_bound(votes, 100_000, 0.001)
-    possible = {f"{radius:.3}" for radius in certify.certified_radius(p_a, 0.25).tolist()}
-    assert set(published.split()) <= possible
-    assert "0.954" not in possible  # just above what 100,000 agreeing samples certify
+# k, n, alpha; the bounds from below and above by mpmath, 40 digits
+EXACT_BOUNDS = [
+    (990, 1000, 0.001, "0.9760361871553113732242", "0.9970304990695041355851"),
+    (9434, 100_000, 0.0001, "0.09093622167886994619712", "0.09782145085115840659102"),
+    (51, 100, 1e-6, "0.279947742864776624663", "0.7371036876882908447386"),
+    (10**6, 10**6, 1e-9, "0.9999792769488884437903", "1"),
+]
+EXACT_QUANTILES = {0.5001: "0.0002506628300880074923889", 0.6: "0.2533471031357997413247"}
+EXACT_QUANTILES |= {0.976036: "1.978006264082972548139", 0.9999999: "5.199337582290661093657"}
+
+
+def test_bounds_and_radii_are_never_rounded_up():
+    """Exact digits are not exceeded (scipy's exceed three), and missed by 1e-11 at most."""
+    for k, n, alpha, low, high in EXACT_BOUNDS:
+        bound = Fraction(certify.lower_confidence_bound(k, n, alpha))
+        assert Fraction(low) * (1 - Fraction(1, 10**11)) < bound <= Fraction(low)
+        bound = Fraction(certify.upper_confidence_bound(k, n, alpha))
+        assert Fraction(high) <= bound < Fraction(high) + Fraction(1, 10**11)
+    for p, quantile in EXACT_QUANTILES.items():
+        radius = Fraction(certify.certified_radius(p, 1.0))
+        assert Fraction(quantile) - Fraction(1, 10**11) < radius <= Fraction(quantile)
 
 
 TRIALS = 2000
@@ -208,6 +222,9 @@ def test_two_sided_radius_worked_by_hand():
     assert torn.predict == 3 and torn.correct == 1 and torn.radius > 0
     with pytest.raises(ValueError, match="counts"):
         certify.two_sided([row._replace(n_b=None)])
+    rows = smooth(BASE).certify_incremental(IMAGES, cached(), 100)
+    with pytest.raises(ValueError, match="counts"):
+        certify.two_sided(rows)
 
 
 # ---- certify.py: sampling and certificates ----
@@ -261,18 +278,62 @@ def test_noise_and_predictions_do_not_depend_on_the_batch_size():
     assert counts.sum(1).tolist() == [130] * 3
 
 
-def test_noise_is_keyed_by_seed_purpose_image_and_chunk():
+@pytest.mark.parametrize("levels", [255, None])
+def test_noise_is_keyed_by_seed_purpose_image_and_chunk(levels):
     draws = []
     for seed, purpose in ((0, "a"), (0, "b"), (1, "a")):
         key = Smooth(None, 2, 1.0, seed, purpose=purpose).key
         for image, chunk in ((0, 0), (0, 1), (1, 0)):
-            which = key, image, chunk, (3, 4, 4), "cpu", 1.0, None
+            which = key, image, chunk, (3, 4, 4), "cpu", 1.0, levels
             draws.append(certify.draw_noise(*which))
-            same = certify.draw_noise(*which)
-            assert torch.equal(draws[-1], same)
-    samples = torch.cat(draws)
-    assert len(samples.sum((1, 2, 3)).unique()) == len(samples)
-    assert abs(samples.mean()) < 0.02 and abs(samples.std() - 1) < 0.02
+            assert torch.equal(draws[-1], certify.draw_noise(*which))
+    assert len(torch.cat(draws).flatten(1).unique(dim=0)) == 900
+
+
+@pytest.mark.parametrize("sigma", [0.25, 1.0])
+def test_noise_is_gaussian_noise_rounded_to_the_grid(sigma):
+    """By its table, far into both tails; by counts of 4.9 million draws; by independence."""
+    lowest, ends, _ = certify.noise_table(sigma, 255, "cpu")
+    edges = (torch.arange(lowest, 1 - lowest).double() + 0.5) / (255 * sigma)
+    for mass, tail in ((ends, norm.cdf(edges)), (2**62 - ends, norm.sf(edges))):
+        tail = torch.as_tensor(tail)
+        assert torch.allclose(mass.double() / 2**62, tail, rtol=1e-9, atol=2e-17)
+    draws = [certify.draw_noise(KEY, 0, c, (3, 64, 64), "cpu", sigma, 255) for c in range(4)]
+    m, last = torch.cat(draws).long().flatten(), round(4 * 255 * sigma)
+    below = norm.cdf((torch.arange(-last, last).double() + 0.5) / (255 * sigma))
+    cells = torch.tensor([0, *below, 1], dtype=torch.float64).diff()
+    counts = (m.clamp(-last, last) + last).bincount()
+    assert 0.001 < chisquare(counts, cells * len(m)).pvalue < 0.999
+    quantiles = torch.as_tensor(norm.ppf(torch.arange(1, 8) / 8))
+    eighths = torch.bucketize(m / (255 * sigma), quantiles.float())
+    for step in (1, 2, 3, 4, 64, 64 * 64 * 3):
+        pairs = (8 * eighths[step:] + eighths[:-step]).bincount().view(8, 8)
+        assert 0.001 < chi2_contingency(pairs).pvalue < 0.999
+
+
+def test_a_classifier_that_reads_the_last_bits_gets_no_false_certificate():
+    """Black and 1 / 255 everywhere, 0.22 apart: with float noise, both are certified, farther
+    than that, of different classes."""
+
+    def last_bits(x):
+        bits = (x.double() * 2**33).frac() != 0
+        return F.one_hot((~(bits & (x.abs() < 2**-8))).flatten(1).all(1).long(), 2).float()
+
+    images = torch.tensor([0.0, 1 / 255]).view(2, 1, 1, 1).expand(2, 3, 32, 32)
+    for levels in (None, 255):
+        rows = Smooth(last_bits, 2, 0.25, levels=levels).certify(images, [0, 1])
+        reach = min(radii_of(rows)) > math.sqrt(3 * 32 * 32) / 255
+        assert reach and (rows[0].predict != rows[1].predict) == (levels is None)
+
+
+def test_both_kinds_of_noise_certify_alike():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    images = pictures(60, 3, 8, 8)
+    labels = network(images).argmax(1)
+    both = [Smooth(network, 3, 0.25, levels=k).certify(images, labels) for k in (255, None)]
+    difference, error = certify.acr_difference(*both)
+    assert abs(difference) < 2 * error and certify.average_certified_radius(both[0]) > 0.1
 
 
 class Recorder(Smooth):
@@ -383,6 +444,8 @@ def test_images_of_the_wrong_class_cost_no_samples():
         g.certify_incremental(IMAGES, cache, 100, 1.0)
     with pytest.raises(ValueError, match="sigma.*0.25.*0.5"):
         Smooth(BASE, 3, 0.5).certify_incremental(IMAGES, cache, 100)
+    with pytest.raises(ValueError, match="levels.*255.*None"):
+        Smooth(BASE, 3, 0.25, levels=None).certify_incremental(IMAGES, cache, 100)
 
 
 # ---- certify.py: aggregates and files ----
@@ -428,9 +491,11 @@ def test_aggregates_worked_by_hand():
 
 
 METHODS = {
-    "certify": lambda g, x, labels, ids: g.certify(x, labels, ids, n0=10, n=50),
-    "cache": lambda g, x, labels, ids: g.certify_and_cache(x, labels, ids, n0=10, n=50),
-    "predict": lambda g, x, labels, ids: g.predict(x, ids, n=50),
+    "certify": lambda g, x, y, ids, n=50, alpha=0.001: g.certify(x, y, ids, 10, n, alpha),
+    "cache": lambda g, x, y, ids, n=50, alpha=0.001: g.certify_and_cache(
+        x, y, ids, 10, n, alpha
+    ),
+    "predict": lambda g, x, y, ids, n=50, alpha=0.001: g.predict(x, ids, n, alpha),
 }
 
 
@@ -460,6 +525,10 @@ def test_what_names_no_class_and_wrong_arguments_are_refused(method):
         (f, None, x * 255, [0, 1], None, r"floats in \[0, 1\]"),
         (f, None, (x * 255).byte(), [0, 1], None, r"floats in \[0, 1\]"),
         (f, None, x * math.nan, [0, 1], None, r"floats in \[0, 1\]"),
+        (f, None, x.numpy(), [0, 1], None, "images must be a tensor"),
+        (f, None, x[0], [0, 1], None, "images must be a tensor"),
+        (f, None, x[:0], [], None, "at least one image"),
+        (f, None, 0.999 * x, [0, 1], None, "off the grid: round images"),
         (f, None, x, [0, 1], [4, 4], "2 images need as many different ids"),
         (f, None, x, [0, 1], torch.tensor([4, 4]), "2 images need as many different ids"),
         (f, None, x, [0, 1], [4], "2 images need as many different ids"),
@@ -467,7 +536,7 @@ def test_what_names_no_class_and_wrong_arguments_are_refused(method):
         (by_batch, None, x, [0, 1], None, "BatchNorm without running statistics"),
     ]
     if method != "predict":
-        for labels in ([0], [0, 3], [-1, 0], [[0, 1]]):
+        for labels in ([0], [0, 3], [-1, 0], [[0, 1]], [0.0, 1.0]):
             cases.append((f, None, x, labels, None, "2 images need as many labels from 0 to 2"))
     for classifier, classes, images, labels, ids, words in cases:
         with pytest.raises(ValueError, match=words):
@@ -475,7 +544,11 @@ def test_what_names_no_class_and_wrong_arguments_are_refused(method):
             METHODS[method](g, images, labels, ids)
     for answer in (constant(0.0, inf, 1.0), constant(-inf, 0.0, -inf)):
         METHODS[method](Smooth(answer, None, 0.25), x, [0, 1], None)
-    for sigma, batch_size in ((0.25, 0), (0.0, 1), (math.nan, 1)):
+    METHODS[method](Smooth(f, None, 0.25), (255 * x).round() * (1 / 255), [0, 1], None)
+    for n, alpha in ((9, 0.001), (1000, 1e-13), (1000, 2.0)):
+        with pytest.raises(ValueError, match=f"n = {n} needs alpha"):
+            METHODS[method](Smooth(f, 3, 0.25), x, [0, 1], None, n, alpha)
+    for sigma, batch_size in ((0.25, 0), (0.001, 1), (math.nan, 1)):
         with pytest.raises(ValueError, match="sigma|batch_size"):
             Smooth(f, 3, sigma, batch_size=batch_size)
 
