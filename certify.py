@@ -102,8 +102,7 @@ def noise_table(sigma: float, levels: int, device) -> tuple[int, Tensor, Tensor]
     units[-lowest] += 2**62 - units.sum()
     ends = units.cumsum(0)
     cells = torch.searchsorted(ends, torch.arange(2**16 + 1) << 46, right=True)
-    whole = cells[:-1] == cells[1:]
-    by_16_bits = torch.where(whole, cells[:-1] + lowest, math.nan).float()
+    by_16_bits = torch.where(cells.diff() == 0, cells[:-1] + lowest, math.nan).float()
     return lowest, ends.to(device), by_16_bits.to(device)
 
 
@@ -113,7 +112,6 @@ def draw_noise(key: str, image_id: int, chunk: int, shape, device, sigma, levels
     # CPU generators keep 32 bits: chunks count up from start, so none repeats.
     seed = (int.from_bytes(start[:4], "little") + chunk) % 2**32
     generator = torch.Generator(device).manual_seed(seed)
-    # Contiguous: channels_last order is several times slower on a CPU.
     shape = CHUNK, *shape
     if levels is None:
         return torch.randn(shape, generator=generator, device=device).mul_(sigma)
@@ -173,16 +171,16 @@ class Smooth:
     """The smoothed classifier g of a callable f. num_classes may be None.
     seed, purpose: name the noise; equal names draw equal noise
     batch_size: samples per forward pass
-    levels: pixels are k / levels. None: any pixels and float noise, whose certificates
+    levels: pixels are k / levels; without, any pixels and float noise, whose certificates
         hold in real arithmetic only (Voracek, Hein 2023)
 
-    Theorem: certificates hold for all real perturbations, whatever f computes from floats.
+    Theorem: certificates hold for all real perturbations, whatever f computes on floats.
     F(z) = f(round(levels z) / levels) is a function of real images; g smooths F.
     As k is integer, round(k + levels eps) = k + m with m = round(levels eps): f votes on
-    (k + m) / levels as F on x + eps, and F and g are what Cohen et al. speak of.
-    What the drawn m are off by, in total variation, is taken off alpha.
-    Assumed: random bits; one answer of f per input. Integer networks give it; float ones
-    may round differently in batches of another size."""
+    (k + m) / levels as F on x + eps, and Cohen et al. prove it for F and g. What the drawn m
+    are off by, in total variation, is taken off alpha.
+    Assumed: random bits, and one answer of f per input, whatever the batch, as integer
+    networks give it. Float networks may round differently in other batches."""
 
     def __init__(
         self, classifier, num_classes, sigma, seed=0, batch_size=100, purpose="main", levels=255
@@ -229,10 +227,10 @@ class Smooth:
         radius = certified_radius(p_a, self.sigma)
         correct = (predicted == labels).long()
         seconds = timedelta(seconds=(time.monotonic() - start) / len(labels))
-        answer = [ids, labels, predicted, radius, correct, repeat(str(seconds))]
-        votes = [selected, n_a, n_b, sizes]
-        settings = map(repeat, (n0, self.sigma, alpha, self.levels))
-        rows = _records(Certificate, [*answer, *votes, *settings])
+        columns = [ids, labels, predicted, radius, correct, repeat(str(seconds))]
+        columns += [selected, n_a, n_b, sizes]
+        columns += map(repeat, (n0, self.sigma, alpha, self.levels))
+        rows = _records(Certificate, columns)
         missing = n - predictions.shape[1]  # if all images were skipped
         return ReplayCache(rows, nn.functional.pad(predictions, (0, missing)), key)
 
@@ -289,10 +287,10 @@ class Smooth:
         p = torch.where(replay, p_replayed, p_fresh)
         radius = torch.where(right, certified_radius(p, self.sigma), 0.0)
         predicted = torch.where(radius > 0, selected, ABSTAIN)
-        answer = [ids, labels, predicted, radius, (radius > 0).long()]
         methods = [METHODS[index] for index in (fresh + 2 * replay).tolist()]
-        evidence = [methods, right * n_p, torch.where(replay, zeta, math.nan)]
-        return _records(IncrementalCertificate, answer + evidence)
+        columns = [ids, labels, predicted, radius, (radius > 0).long()]
+        columns += [methods, right * n_p, torch.where(replay, zeta, math.nan)]
+        return _records(IncrementalCertificate, columns)
 
     def _checked_labels(self, labels, count: int) -> Tensor:
         labels = torch.as_tensor(labels).cpu()
@@ -410,8 +408,8 @@ def two_sided(rows: list[Certificate]) -> list[Certificate]:
         p_b = upper_confidence_bound(row.n_b, n, row.alpha / 2)
         predict = row.selected if p_a > p_b else ABSTAIN
         radius = certified_radius(p_a, row.sigma, p_b)
-        correct = int(predict == row.label)
-        certificates.append(row._replace(predict=predict, radius=radius, correct=correct))
+        row = row._replace(predict=predict, radius=radius)
+        certificates.append(row._replace(correct=int(predict == row.label)))
     return certificates
 
 
