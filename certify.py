@@ -75,8 +75,8 @@ def certified_radius(p_a, sigma: float, p_b=None):
     certified = p_a > p_b  # else 1/2: infinite quantiles have no difference
     quantile_a = norm.ppf(torch.where(certified, p_a, 0.5))
     minus_quantile_b = norm.isf(torch.where(certified, p_b, 0.5))  # precise near 0
-    radius = sigma / 2 * (quantile_a + minus_quantile_b - MARGIN)
-    return _unwrap(radius.clip(min=0))
+    quantiles = quantile_a + minus_quantile_b - MARGIN
+    return _unwrap(sigma / 2 * quantiles.clip(min=0))
 
 
 def _float64(value) -> Tensor:
@@ -121,8 +121,8 @@ def draw_noise(key: str, image_id: int, chunk: int, shape, device, sigma, levels
     high = bits.view(torch.uint16).int()  # four times 16
     m = by_16_bits.index_select(0, high)
     undecided = m.isnan().nonzero().squeeze(1)
-    low = torch.empty_like(undecided).random_(0, 2**46, generator=generator)
-    number = (high[undecided].long() << 46) + low
+    number = high[undecided].long() << 46
+    number += torch.empty_like(number).random_(0, 2**46, generator=generator)
     m[undecided] = (torch.searchsorted(ends, number, right=True) + lowest).float()
     return m.view(shape)
 
@@ -177,10 +177,10 @@ class Smooth:
     Theorem: certificates hold for all real perturbations, whatever f computes on floats.
     F(z) = f(round(levels z) / levels) is a function of real images; g smooths F.
     As k is integer, round(k + levels eps) = k + m with m = round(levels eps): f votes on
-    (k + m) / levels as F on x + eps, and Cohen et al. prove it for F and g. What the drawn m
-    are off by, in total variation, is taken off alpha.
-    Assumed: random bits, and one answer of f per input, whatever the batch, as integer
-    networks give it. Float networks may round differently in other batches."""
+    (k + m) / levels as F on x + eps, and Cohen et al. prove it for F and g.
+    What the drawn m are off by, in total variation, is taken off alpha.
+    Assumed: random bits; one answer of f per input, whatever the batch. Integer networks
+    give it; float ones may round differently in other batches."""
 
     def __init__(
         self, classifier, num_classes, sigma, seed=0, batch_size=100, purpose="main", levels=255
@@ -209,7 +209,11 @@ class Smooth:
         ids = range(len(images)) if ids is None else ids
         # counts0 <- SampleUnderNoise(f, x, n0, sigma)
         counts0 = self.sample_under_noise(images, ids, n0, self.key + "/select")
-        labels = self._checked_labels(labels, len(images))
+        labels = torch.as_tensor(labels).cpu()
+        valid = labels.shape == (len(ids),) and torch.can_cast(labels.dtype, torch.int64)
+        valid = valid and 0 <= labels.min() and labels.max() < self.num_classes
+        last = self.num_classes - 1
+        require(valid, f"{len(ids)} images need as many labels from 0 to {last}")
         # c_A <- top index in counts0
         selected = counts0.argmax(1)
         # counts <- SampleUnderNoise(f, x, n, sigma)
@@ -250,8 +254,8 @@ class Smooth:
 
     def certify_incremental(self, images, cache, n_p, alpha_zeta=0.001, gamma=0.99):
         """IRS (Ugare et al., Algorithm 2): certify a changed f^P with n_p samples, not n.
-        With probability at least 1 - (alpha + alpha_zeta) each, g^P predicts `predict`
-        within `radius`, for an f^P chosen without the cache's noise (unlike a search's best).
+        With probability 1 - (alpha + alpha_zeta) each, g^P predicts `predict` within `radius`,
+        for an f^P chosen without the cache's noise (unlike a search's best).
 
         Why alpha + alpha_zeta, with the fresh branch bounded at alpha? Let p = P[f = c_A].
         If p >= gamma, a replay's p_A is below p: it fails by zeta alone; a fresh bound fails
@@ -292,13 +296,6 @@ class Smooth:
         columns += [methods, right * n_p, torch.where(replay, zeta, math.nan)]
         return _records(IncrementalCertificate, columns)
 
-    def _checked_labels(self, labels, count: int) -> Tensor:
-        labels = torch.as_tensor(labels).cpu()
-        valid = labels.shape == (count,) and torch.can_cast(labels.dtype, torch.int64)
-        valid = valid and 0 <= labels.min() and labels.max() < self.num_classes
-        require(valid, f"{count} images need as many labels from 0 to {self.num_classes - 1}")
-        return labels
-
     def _left_of(self, alpha: float, images, n: int) -> float:
         """alpha less the total variation of n samples' noise to Gaussian noise."""
         error = 0.0
@@ -317,10 +314,11 @@ class Smooth:
         require(valid, "images must be floats in [0, 1]; divide 8-bit ones by 255")
         if self.levels is None:
             return images
-        k = (images.float() * self.levels).round()
-        off = (images.float() * self.levels - k).abs().max()
+        scaled = images.float() * self.levels
+        k = scaled.round()
+        near = (scaled - k).abs().max() < self.levels / 2**20
         rounded = f"(x.float() * {self.levels}).round() / {self.levels}"
-        require(off < self.levels / 2**20, f"off the grid: round images, {rounded}")
+        require(near, f"off the grid: round images, {rounded}")
         return k
 
     def sample_under_noise(self, images, ids, n: int, key: str) -> Tensor:
@@ -335,8 +333,7 @@ class Smooth:
 
     @torch.inference_mode()
     def predictions(self, images, ids, sizes: Tensor, key: str) -> Tensor:
-        """f's classes of sizes[i] copies of images[i], then zeros: (B, max size).
-        All methods sample here, in full batches."""
+        """f's classes of sizes[i] copies of images[i], then zeros: (B, max size)."""
         images = self._checked_images(images)
         ids = torch.as_tensor(ids).tolist()
         named = len(images) == len(ids) == len(set(ids))
@@ -348,7 +345,7 @@ class Smooth:
         return nn.utils.rnn.pad_sequence(classes.split(sizes.tolist()), batch_first=True)
 
     def _noisy(self, images, ids, sizes, key):
-        """The noisy copies, up to CHUNK at a time: (k + m) / levels or x + eps."""
+        """Up to CHUNK noisy copies at a time: (k + m) / levels or x + eps."""
         for image, image_id, size in zip(images, ids, sizes.tolist()):
             for chunk in range(math.ceil(size / CHUNK)):
                 which = key, image_id, chunk, image.shape, image.device
@@ -433,7 +430,7 @@ def certified_accuracy(rows, radius: float) -> float:
 
 
 def write_certificates(file: TextIO, rows: list[Certificate]) -> None:
-    """Append unrounded rows to an open TSV, after a header if it is empty."""
+    """Append rows to an open TSV, after a header if it is empty."""
     if file.tell() == 0:
         file.write("\t".join(COLUMNS) + "\n")
     for row in rows:
@@ -442,8 +439,8 @@ def write_certificates(file: TextIO, rows: list[Certificate]) -> None:
 
 
 def read_certificates(path) -> list[Certificate]:
-    """Read a TSV, all columns or the usual six. ValueError names file and line."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:  # or plain UTF-8
+    """From a TSV of some or all columns. ValueError names file and line."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         header, *lines = file.read().split("\n")
     names = header.split("\t")
     usual = names[:5] == COLUMNS[:5] and set(names) <= set(COLUMNS)
