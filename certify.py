@@ -6,8 +6,8 @@
     cache = g.certify_and_cache(images, labels)  # CERTIFY, keeping what f predicted
     Smooth(changed, 10, 0.25).certify_incremental(images, cache, n_p=100)  # IRS
 
-This file stands alone (torch, scipy). Pixels are in [0, 1], sigma and radii in their units;
-noise is added before any normalisation.
+This file stands alone (torch, scipy). Pixels are k / 255 in [0, 1], sigma and radii in their
+units; noise is added before any normalisation.
 
     paper     here        meaning
     f, f^P    classifier  base, changed classifier: images (B, C, H, W) -> logits (B, k)
@@ -22,23 +22,23 @@ noise is added before any normalisation.
 Cohen, Rosenfeld, Kolter, ICML 2019 (CERTIFY, PREDICT); Ugare et al., ICLR 2024 (IRS).
 """
 
+import functools
 import hashlib
 import math
-import statistics
 import time
 from datetime import timedelta
 from itertools import repeat
 from typing import NamedTuple, TextIO
 
 import torch
-from scipy.stats import beta, binomtest, norm
+from scipy.special import roots_legendre
+from scipy.stats import beta, norm
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules import batchnorm
 
 ABSTAIN = -1
 METHODS = "none", "fresh", "replayed"  # of an incremental certificate
 CHUNK = 100  # samples drawn at a time, whatever the batch size
+MARGIN = 1e-12  # against rounding: errors are below 7e-14 of a bound, 1e-15 sigma
 
 
 def require(condition, message: str) -> None:
@@ -51,17 +51,16 @@ def lower_confidence_bound(k, n, alpha):
     """One-sided Clopper-Pearson bound, from k successes in n trials:
     P[bound <= true probability] >= 1 - alpha. Numbers give a float, arrays a tensor."""
     k, n, alpha = (_float64(value).numpy() for value in (k, n, alpha))
-    inside = (alpha > 0) & (alpha < 1)
-    require(inside.all(), f"alpha must lie between 0 and 1, not at {alpha}")
-    possible = (k >= 0) & (k <= n) & (n >= 1)
-    require(possible.all(), "counts must satisfy 0 <= k <= n and n >= 1")
+    valid = (alpha > 0) & (alpha < 1) & (k >= 0) & (k <= n) & (n >= 1)
+    require(valid.all(), "0 < alpha < 1, 0 <= k <= n and n >= 1 must hold")
     positive = k > 0  # k = 0 has no beta quantile: its bound is 0
-    return _unwrap(beta.ppf(alpha, k + ~positive, n - k + 1) * positive)
+    return _unwrap(beta.ppf(alpha, k + ~positive, n - k + 1) * positive * (1 - MARGIN))
 
 
 def upper_confidence_bound(k, n, alpha):
     """The same from above: P[bound >= true probability] >= 1 - alpha."""
-    return 1 - lower_confidence_bound(torch.as_tensor(n) - torch.as_tensor(k), n, alpha)
+    low = lower_confidence_bound(torch.as_tensor(n) - torch.as_tensor(k), n, alpha)
+    return _unwrap((1 + 2**-52 - _float64(low)).clip(max=1))  # covers rounding
 
 
 def certified_radius(p_a, sigma: float, p_b=None):
@@ -76,7 +75,8 @@ def certified_radius(p_a, sigma: float, p_b=None):
     certified = p_a > p_b  # else 1/2: infinite quantiles have no difference
     quantile_a = norm.ppf(torch.where(certified, p_a, 0.5))
     minus_quantile_b = norm.isf(torch.where(certified, p_b, 0.5))  # precise near 0
-    return _unwrap(sigma / 2 * (quantile_a + minus_quantile_b))
+    quantiles = quantile_a + minus_quantile_b - MARGIN
+    return _unwrap(sigma / 2 * quantiles.clip(min=0))
 
 
 def _float64(value) -> Tensor:
@@ -88,14 +88,43 @@ def _unwrap(array):
 
 
 # ---- noise ----
-def draw_noise(key: str, image_id: int, chunk: int, shape, device) -> Tensor:
-    """Standard normal noise (CHUNK, *shape), equal for equal arguments and device type."""
+@functools.cache
+def noise_table(sigma: float, levels: int, device) -> tuple[int, Tensor, Tensor]:
+    """P[m] = Phi((m + 1/2) / (levels sigma)) - Phi((m - 1/2) / (levels sigma)):
+    the lowest m; 2^62 P[<= m]; m by 16 of 62 random bits, nan where the others decide."""
+    lowest = -math.ceil(9.1 * levels * sigma)  # less than 2^-62 lies beyond
+    m = torch.arange(lowest, 1 - lowest)
+    # P[m] is the density's integral: differences of Phi would be 50 times less precise.
+    points, weights = map(torch.from_numpy, roots_legendre(10))
+    t = (m[:, None] + points / 2) / (levels * sigma)
+    p = (-t * t / 2).exp() @ weights
+    units = (2**62 * p / p.sum()).round().long()
+    units[-lowest] += 2**62 - units.sum()
+    ends = units.cumsum(0)
+    cells = torch.searchsorted(ends, torch.arange(2**16 + 1) << 46, right=True)
+    by_16_bits = torch.where(cells.diff() == 0, cells[:-1] + lowest, math.nan).float()
+    return lowest, ends.to(device), by_16_bits.to(device)
+
+
+def draw_noise(key: str, image_id: int, chunk: int, shape, device, sigma, levels) -> Tensor:
+    """m or, without levels, eps (CHUNK, *shape), equal for equal arguments and devices."""
     start = hashlib.sha256(f"{key}|{image_id}".encode()).digest()
     # CPU generators keep 32 bits: chunks count up from start, so none repeats.
     seed = (int.from_bytes(start[:4], "little") + chunk) % 2**32
     generator = torch.Generator(device).manual_seed(seed)
-    # Contiguous: channels_last order is several times slower on a CPU.
-    return torch.randn(CHUNK, *shape, generator=generator, device=device)
+    shape = CHUNK, *shape
+    if levels is None:
+        return torch.randn(shape, generator=generator, device=device).mul_(sigma)
+    lowest, ends, by_16_bits = noise_table(sigma, levels, device)
+    bits = torch.empty(math.prod(shape) // 4, dtype=torch.int64, device=device)
+    bits.random_(-(2**63), None, generator=generator)
+    high = bits.view(torch.uint16).int()  # four times 16
+    m = by_16_bits.index_select(0, high)
+    undecided = m.isnan().nonzero().squeeze(1)
+    number = high[undecided].long() << 46
+    number += torch.empty_like(number).random_(0, 2**46, generator=generator)
+    m[undecided] = (torch.searchsorted(ends, number, right=True) + lowest).float()
+    return m.view(shape)
 
 
 # ---- certificates ----
@@ -112,7 +141,8 @@ class Certificate(NamedTuple):  # other tools know the first six fields only
     n: int | None = None  # samples that voted; 0 for a skipped image
     n0: int | None = None  # samples that selected c_A
     sigma: float | None = None
-    alpha: float | None = None
+    alpha: float | None = None  # of the bound: what the noise left of it
+    levels: int | None = None  # of the noise's grid; none: float noise
 
 
 COLUMNS = list(Certificate._fields)
@@ -141,16 +171,25 @@ class Smooth:
     """The smoothed classifier g of a callable f. num_classes may be None.
     seed, purpose: name the noise; equal names draw equal noise
     batch_size: samples per forward pass
-    Guarantees hold in real, not in floating-point arithmetic (Voracek, Hein 2023).
-    ValueError: pixels beyond [0, 1], repeated ids, training mode, logits of no class."""
+    levels: pixels are k / levels; without, any pixels and float noise, whose certificates
+        hold in real arithmetic only (Voracek, Hein 2023)
+
+    Theorem: certificates hold for all real perturbations, whatever f computes on floats.
+    F(z) = f(round(levels z) / levels) is a function of real images; g smooths F.
+    As k is integer, round(k + levels eps) = k + m with m = round(levels eps): f votes on
+    (k + m) / levels as F on x + eps, and Cohen et al. prove it for F and g.
+    What the drawn m are off by, in total variation, is taken off alpha.
+    Assumed: random bits; one answer of f per input, whatever the batch. Integer networks
+    give it; float ones may round differently in other batches."""
 
     def __init__(
-        self, classifier, num_classes, sigma, seed=0, batch_size=100, purpose="certificate"
+        self, classifier, num_classes, sigma, seed=0, batch_size=100, purpose="main", levels=255
     ):
-        require(sigma > 0, f"sigma must be positive, not {sigma}")
-        require(batch_size >= 1, f"batch_size must be at least 1, not {batch_size}")
+        fits = sigma > 0 if levels is None else 1 <= levels * sigma <= 2**17
+        require(fits, f"sigma = {sigma} is not in 1 to {2**17} steps of 1 / {levels}")
+        require(batch_size >= 1, f"batch_size = {batch_size} is below 1")
         self.classifier, self.num_classes = classifier, num_classes
-        self.sigma, self.batch_size = sigma, batch_size
+        self.sigma, self.batch_size, self.levels = sigma, batch_size, levels
         self.key = f"{seed}|{purpose}"  # equal keys replay the noise
         self.samples = 0  # noisy images that f has classified
 
@@ -166,17 +205,25 @@ class Smooth:
         """CERTIFY for the base classifier f, as a ReplayCache.
         skip_wrong: no samples where c_A is wrong, which adds 0 to every ACR."""
         start = time.monotonic()
+        alpha = self._left_of(alpha, images, n)
         ids = range(len(images)) if ids is None else ids
         # counts0 <- SampleUnderNoise(f, x, n0, sigma)
         counts0 = self.sample_under_noise(images, ids, n0, self.key + "/select")
-        labels = self._checked_labels(labels, len(images))
+        labels = torch.as_tensor(labels).cpu()
+        valid = labels.shape == (len(ids),) and torch.can_cast(labels.dtype, torch.int64)
+        valid = valid and 0 <= labels.min() and labels.max() < self.num_classes
+        last = self.num_classes - 1
+        require(valid, f"{len(ids)} images need as many labels from 0 to {last}")
         # c_A <- top index in counts0
         selected = counts0.argmax(1)
         # counts <- SampleUnderNoise(f, x, n, sigma)
         sizes = torch.where(selected == labels, n, 0 if skip_wrong else n)
         key = f"{self.key}/estimate{n}"  # another n draws all samples anew
         predictions = self.predictions(images, ids, sizes, key)
-        n_a, n_b = _votes(self._count(predictions, sizes), selected)
+        counts = self._count(predictions) * (sizes > 0)[:, None]
+        c_a = selected[:, None]
+        n_a = counts.gather(1, c_a).squeeze(1)
+        n_b = counts.scatter(1, c_a, 0).amax(1)
         # p_A <- LowerConfBound(counts[c_A], n, 1 - alpha)
         p_a = lower_confidence_bound(n_a, n, alpha)
         # if p_A > 1/2 return prediction c_A and radius sigma Phi^-1(p_A), else ABSTAIN
@@ -184,42 +231,46 @@ class Smooth:
         radius = certified_radius(p_a, self.sigma)
         correct = (predicted == labels).long()
         seconds = timedelta(seconds=(time.monotonic() - start) / len(labels))
-        answer = [ids, labels, predicted, radius, correct, repeat(str(seconds))]
-        evidence = [selected, n_a, n_b, sizes, repeat(n0), repeat(self.sigma), repeat(alpha)]
-        rows = _records(Certificate, answer + evidence)
+        columns = [ids, labels, predicted, radius, correct, repeat(str(seconds))]
+        columns += [selected, n_a, n_b, sizes]
+        columns += map(repeat, (n0, self.sigma, alpha, self.levels))
+        rows = _records(Certificate, columns)
         missing = n - predictions.shape[1]  # if all images were skipped
-        return ReplayCache(rows, F.pad(predictions, (0, missing)), key)
+        return ReplayCache(rows, nn.functional.pad(predictions, (0, missing)), key)
 
     def predict(self, images, ids=None, n=1000, alpha=0.001) -> list[int]:
         """PREDICT (Cohen et al., section 3.2.1): classes, each wrong with at most alpha."""
+        alpha = self._left_of(alpha / 2, images, n)
         ids = range(len(images)) if ids is None else ids
-        predicted = []
         # counts <- SampleUnderNoise(f, x, n, sigma)
         counts = self.sample_under_noise(images, ids, n, self.key + "/predict")
         # c_A, c_B <- top two indices in counts; n_A, n_B <- their counts
         votes, classes = counts.topk(2, dim=1)
-        for (n_a, n_b), (c_a, _) in zip(votes.tolist(), classes.tolist()):
-            # if BinomPValue(n_A, n_A + n_B, 0.5) <= alpha return c_A, else ABSTAIN
-            p_value = binomtest(n_a, n_a + n_b, 0.5).pvalue
-            predicted.append(c_a if p_value <= alpha else ABSTAIN)
-        return predicted
+        n_a, n_b = votes.T
+        # if BinomPValue(n_A, n_A + n_B, 0.5) <= alpha return c_A, else ABSTAIN:
+        # then the bound of P[c_A | c_A or c_B] at alpha / 2 reaches 1/2
+        p_a = lower_confidence_bound(n_a, n_a + n_b, alpha)
+        return torch.where(p_a >= 0.5, classes[:, 0], ABSTAIN).tolist()
 
     def certify_incremental(self, images, cache, n_p, alpha_zeta=0.001, gamma=0.99):
         """IRS (Ugare et al., Algorithm 2): certify a changed f^P with n_p samples, not n.
-        `self` smooths f^P; images and noise are those of f's cache. With probability at least
-        1 - (alpha + alpha_zeta) each, g^P predicts `predict` within `radius`, for an f^P that
-        was chosen without this noise (the winner of a search was not).
+        With probability 1 - (alpha + alpha_zeta) each, g^P predicts `predict` within `radius`,
+        for an f^P chosen without the cache's noise (unlike a search's best).
 
-        Why alpha + alpha_zeta, with the fresh branch bounded at alpha? Let p be the true
-        P[f = c_A]. If p >= gamma, a replay's p_A is below p: it fails by zeta alone; a fresh
-        bound fails with alpha. If p < gamma, a fresh branch means that f's bound failed, as
-        it may with alpha; a replay fails by it or zeta."""
-        selected, right, ids = self._cached(cache)
-        n, alpha = cache.predictions.shape[1], cache.certificates[0].alpha
-        require(0 < alpha_zeta < 1 - alpha, f"alpha_zeta must be in 0 to 1 - {alpha}")
+        Why alpha + alpha_zeta, with the fresh branch bounded at alpha? Let p = P[f = c_A].
+        If p >= gamma, a replay's p_A is below p: it fails by zeta alone; a fresh bound fails
+        with alpha. If p < gamma, a fresh branch means that f's bound failed, as it may with
+        alpha; a replay fails by it or zeta."""
+        n, row = cache.predictions.shape[1], cache.certificates[0]
+        alpha, theirs = row.alpha, (row.sigma, row.levels)
+        ours = self.sigma, self.levels
+        require(theirs == ours, f"sigma, levels: {theirs} in the cache, not {ours}")
         require(n_p <= n, f"n_p = {n_p} exceeds the {n} cached samples")
+        alpha_zeta = self._left_of(alpha_zeta, images, n_p)
         # c_A, p_A <- what f was certified with
-        n_a = torch.tensor([row.n_a for row in cache.certificates])
+        rows = [(row.selected, row.label, row.idx, row.n_a) for row in cache.certificates]
+        selected, labels, ids, n_a = torch.tensor(rows).T
+        right = selected == labels
         p_a = lower_confidence_bound(n_a, n, alpha)
         # if p_A < gamma:
         replay = right & (p_a < gamma)
@@ -240,85 +291,82 @@ class Smooth:
         p = torch.where(replay, p_replayed, p_fresh)
         radius = torch.where(right, certified_radius(p, self.sigma), 0.0)
         predicted = torch.where(radius > 0, selected, ABSTAIN)
-        labels = [row.label for row in cache.certificates]
-        answer = [ids, labels, predicted, radius, (radius > 0).long()]
         methods = [METHODS[index] for index in (fresh + 2 * replay).tolist()]
-        evidence = [methods, right * n_p, torch.where(replay, zeta, math.nan)]
-        return _records(IncrementalCertificate, answer + evidence)
+        columns = [ids, labels, predicted, radius, (radius > 0).long()]
+        columns += [methods, right * n_p, torch.where(replay, zeta, math.nan)]
+        return _records(IncrementalCertificate, columns)
 
-    def estimate_radii(self, images, cache, n_p: int) -> Tensor:
-        """For ranking, no certificates: radii (B,) if all n votes are as the first n_p."""
-        selected, right, ids = self._cached(cache)
-        n, alpha = cache.predictions.shape[1], cache.certificates[0].alpha
-        new = self.predictions(images, ids, right * n_p, cache.key)
-        votes = (new == selected[:, None]).sum(1) * (n / n_p)
-        p_a = lower_confidence_bound(votes.clamp(max=n), n, alpha)
-        return torch.where(right, certified_radius(p_a, self.sigma), 0.0)
+    def _left_of(self, alpha: float, images, n: int) -> float:
+        """alpha less the total variation of n samples' noise to Gaussian noise."""
+        error = 0.0
+        if self.levels is not None:  # measured: at most a third of this
+            per_pixel = self.levels * self.sigma * 2**-57 + 2**-50
+            error = n * math.prod(images.shape[1:]) * per_pixel
+        least = 0.5**n + error  # even if all samples agree
+        require(least < alpha < 1, f"n = {n} needs alpha in {least:.2g} to 1, not {alpha}")
+        return alpha - error
 
-    def _cached(self, cache: ReplayCache):
-        """c_A, whether it is right, and ids: (B,) each."""
-        sigma = cache.certificates[0].sigma
-        require(sigma == self.sigma, f"the cache has sigma {sigma}, g has {self.sigma}")
-        rows = [(row.selected, row.label, row.idx) for row in cache.certificates]
-        selected, labels, ids = torch.tensor(rows).T
-        return selected, selected == labels, ids
-
-    def _checked_labels(self, labels, count: int) -> Tensor:
-        labels, last = torch.as_tensor(labels).cpu(), self.num_classes - 1
-        valid = labels.shape == (count,) and 0 <= labels.min() and labels.max() <= last
-        require(valid, f"{count} images need as many labels from 0 to {last}")
-        return labels
+    def _checked_images(self, images) -> Tensor:
+        """k of images k / levels; for float noise the images themselves."""
+        is_batch = isinstance(images, Tensor) and images.ndim == 4 and len(images) > 0
+        require(is_batch, "images must be a tensor (B, C, H, W) of at least one image")
+        valid = images.is_floating_point() and ((images >= 0) & (images <= 1)).all()
+        require(valid, "images must be floats in [0, 1]; divide 8-bit ones by 255")
+        if self.levels is None:
+            return images
+        scaled = images.float() * self.levels
+        k = scaled.round()
+        near = (scaled - k).abs().max() < self.levels / 2**20
+        rounded = f"(x.float() * {self.levels}).round() / {self.levels}"
+        require(near, f"off the grid: round images, {rounded}")
+        return k
 
     def sample_under_noise(self, images, ids, n: int, key: str) -> Tensor:
         """Counts (B, classes) of f's predictions on n noisy copies."""
         sizes = torch.full((len(images),), n)
-        return self._count(self.predictions(images, ids, sizes, key), sizes)
+        return self._count(self.predictions(images, ids, sizes, key))
 
-    def _count(self, predictions: Tensor, sizes: Tensor) -> Tensor:
-        """Counts (B, classes) among the first sizes[i] of predictions[i]."""
-        rows = [row[:size].long() for row, size in zip(predictions, sizes.tolist())]
-        return torch.stack([row.bincount(minlength=self.num_classes) for row in rows])
+    def _count(self, predictions: Tensor) -> Tensor:
+        """Counts (B, classes) among predictions (B, n)."""
+        rows = predictions.long()
+        return torch.stack([row.bincount(None, self.num_classes) for row in rows])
 
     @torch.inference_mode()
     def predictions(self, images, ids, sizes: Tensor, key: str) -> Tensor:
-        """f's classes of sizes[i] copies of images[i], then zeros: (B, max size).
-        All methods sample here, in full batches."""
-        valid = images.is_floating_point() and ((images >= 0) & (images <= 1)).all()
-        require(valid, "images must be floats in [0, 1]; divide 8-bit ones by 255")
+        """f's classes of sizes[i] copies of images[i], then zeros: (B, max size)."""
+        images = self._checked_images(images)
         ids = torch.as_tensor(ids).tolist()
         named = len(images) == len(ids) == len(set(ids))
         require(named, f"{len(images)} images need as many different ids")
         batches = _full_batches(self._noisy(images, ids, sizes, key), self.batch_size)
         classes = [self._classify(batch).cpu() for batch in batches]
         dtype = torch.uint8 if (self.num_classes or 0) <= 2**8 else torch.int32
-        table = torch.zeros(len(sizes), int(sizes.max()), dtype=dtype)
-        if classes:
-            sampled = torch.arange(table.shape[1]) < sizes[:, None]
-            table[sampled] = torch.cat(classes).to(dtype)
-        return table
+        classes = torch.cat([torch.arange(0), *classes]).to(dtype)
+        return nn.utils.rnn.pad_sequence(classes.split(sizes.tolist()), batch_first=True)
 
     def _noisy(self, images, ids, sizes, key):
-        """The noisy copies, up to CHUNK at a time."""
+        """Up to CHUNK noisy copies at a time: (k + m) / levels or x + eps."""
         for image, image_id, size in zip(images, ids, sizes.tolist()):
             for chunk in range(math.ceil(size / CHUNK)):
-                noise = draw_noise(key, image_id, chunk, image.shape, image.device)
-                yield noise[: size - chunk * CHUNK].mul_(self.sigma).add_(image)
+                which = key, image_id, chunk, image.shape, image.device
+                noise = draw_noise(*which, self.sigma, self.levels)
+                noisy = noise[: size - chunk * CHUNK].add_(image)
+                yield noisy if self.levels is None else noisy.div_(self.levels)
 
     def _classify(self, noisy: Tensor) -> Tensor:
         """f's classes (B,); whatever is no answer is refused."""
         if isinstance(self.classifier, nn.Module):
             for module in self.classifier.modules():
                 require(not module.training, "training mode: call the classifier's eval()")
-                if isinstance(module, batchnorm._BatchNorm):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     averaged = module.running_mean is not None
                     require(averaged, "a BatchNorm without running statistics")
             floats = (p for p in self.classifier.parameters() if p.is_floating_point())
             noisy = noisy.to(next(floats, noisy).dtype)
         logits = self.classifier(noisy)
         self.samples += len(noisy)
-        is_tensor = isinstance(logits, Tensor)
-        shape = logits.shape if is_tensor else type(logits).__name__
-        require(shape[:-1] == noisy.shape[:1], f"f gives no logits (B, classes): {shape}")
+        shape = getattr(logits, "shape", type(logits).__name__)
+        require(shape[:-1] == noisy.shape[:1], f"no logits (B, classes): {shape}")
         self.num_classes = self.num_classes or shape[1]
         same = 1 < shape[1] == self.num_classes
         require(same, f"{self.num_classes} classes, but {shape[1]} logits")
@@ -334,47 +382,37 @@ def _records(record_type, columns: list) -> list:
     return [record_type(*row) for row in zip(*columns)]
 
 
-def _votes(counts: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
-    """n_A and n_B (B,)."""
-    c_a = selected[:, None]
-    return counts.gather(1, c_a).squeeze(1), counts.scatter(1, c_a, 0).amax(1)
-
-
 def _full_batches(parts, size: int):
     """The rows of all parts, `size` at a time; then what is left."""
-    batch, room = [], size
+    rest = []
     for part in parts:
-        while len(part):
-            piece, part = part.tensor_split([room])
-            batch.append(piece)
-            room -= len(piece)
-            if room == 0:
-                yield torch.cat(batch)
-                batch, room = [], size
-    if batch:
-        yield torch.cat(batch)
+        *full, last = torch.cat([*rest, part]).split(size)
+        yield from full
+        rest = [last]
+    yield from rest
 
 
 # ---- aggregates and files ----
 def two_sided(rows: list[Certificate]) -> list[Certificate]:
-    """The same by Theorem 2.1, p_A and p_B at alpha / 2 each; n_b bounds the runner-up, too.
-    Either radius fails with at most alpha; the larger, taken afterwards, 1.5 alpha."""
+    """The same by Theorem 2.1, p_A and p_B at alpha / 2 each; n_b bounds the runner-up.
+    Either radius fails with alpha; the larger, taken afterwards, with 1.5 alpha."""
     certificates = []
     for row in rows:
-        require(None not in (row.n_a, row.n_b), "a two-sided radius needs counts n_a, n_b")
+        counted = getattr(row, "n_b", None) is not None
+        require(counted, "a two-sided radius needs counts n_a, n_b")
         n = max(row.n, 1)
         p_a = lower_confidence_bound(row.n_a, n, row.alpha / 2)
         p_b = upper_confidence_bound(row.n_b, n, row.alpha / 2)
         predict = row.selected if p_a > p_b else ABSTAIN
         radius = certified_radius(p_a, row.sigma, p_b)
-        correct = int(predict == row.label)
-        certificates.append(row._replace(predict=predict, radius=radius, correct=correct))
+        row = row._replace(predict=predict, radius=radius)
+        certificates.append(row._replace(correct=int(predict == row.label)))
     return certificates
 
 
 def average_certified_radius(rows) -> float:
     """ACR: the mean over images of radius * 1[correct] (ARQ, section 2)."""
-    return statistics.fmean(row.radius * row.correct for row in rows)
+    return acr_difference(rows)[0]
 
 
 def acr_difference(rows, base_rows=None) -> tuple[float, float | None]:
@@ -388,11 +426,11 @@ def acr_difference(rows, base_rows=None) -> tuple[float, float | None]:
 
 def certified_accuracy(rows, radius: float) -> float:
     """Share of images that are right and certified at this radius."""
-    return statistics.fmean(bool(row.correct) and row.radius >= radius for row in rows)
+    return sum(bool(row.correct) and row.radius >= radius for row in rows) / len(rows)
 
 
 def write_certificates(file: TextIO, rows: list[Certificate]) -> None:
-    """Append unrounded rows to an open TSV, after a header if it is empty."""
+    """Append rows to an open TSV, after a header if it is empty."""
     if file.tell() == 0:
         file.write("\t".join(COLUMNS) + "\n")
     for row in rows:
@@ -401,8 +439,8 @@ def write_certificates(file: TextIO, rows: list[Certificate]) -> None:
 
 
 def read_certificates(path) -> list[Certificate]:
-    """Read a TSV, all columns or the usual six. ValueError names file and line."""
-    with open(path, encoding="utf-8-sig", errors="replace") as file:  # or plain UTF-8
+    """From a TSV of some or all columns. ValueError names file and line."""
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
         header, *lines = file.read().split("\n")
     names = header.split("\t")
     usual = names[:5] == COLUMNS[:5] and set(names) <= set(COLUMNS)

@@ -91,7 +91,8 @@ def attack_network(classifier, images: arq.ImageSet, config) -> dict:
 
 
 def smooth(network, config, purpose: str) -> certify.Smooth:
-    return certify.Smooth(network, 10, config.sigma, config.seed, config.eval_batch, purpose)
+    settings = config.sigma, config.seed, config.eval_batch, purpose
+    return certify.Smooth(network, 10, *settings, levels=None)  # the attacker's pixels are real
 
 
 def four_bit_copy(base, config):

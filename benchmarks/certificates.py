@@ -81,7 +81,7 @@ class Replay(Smooth):
     noise, of f^P on other noise (fresh). The first tenth serves as pilot."""
 
     def __init__(self, old, new, fresh, selected: list[int], sigma: float):
-        super().__init__(None, 10, sigma)
+        super().__init__(None, 10, sigma, levels=None)
         self.selected, n = selected, old.shape[1]
         pilot, rest = slice(0, n // 10), slice(n // 10, n)
         self.by_noise = {"all": new, "pilot": new[:, pilot], "rest": new[:, rest]}

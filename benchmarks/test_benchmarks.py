@@ -127,7 +127,9 @@ def test_certificates_of_a_classifier_by_its_position():
     """More radius than IRS or fresh samples for as many passes; within the true one at 0.05;
     none for an image of wrong class."""
     positions = torch.linspace(-0.2, 0.75, 60)
-    images = (positions.clamp(min=0) / 4).view(60, 1, 1, 1).expand(60, 1, 4, 4)
+    steps = (positions.clamp(min=0) * 255 / 4).round()
+    images = (steps / 255).view(60, 1, 1, 1).expand(60, 1, 4, 4)
+    positions = torch.where(positions < 0, positions, 4 * steps / 255)
     labels = [int(position < 0) for position in positions]  # at 0, either class
     f = slab(0.0)
     caches = [f.certify_and_cache(images, labels, n=n, alpha=0.025) for n in (1800, 200)]
