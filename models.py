@@ -26,7 +26,7 @@ import functools
 import hashlib
 import json
 import math
-import re
+import os
 import struct
 import warnings
 from collections.abc import Sequence
@@ -40,6 +40,7 @@ from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
 MIN_BITS, MAX_BITS, FLOAT_BITS = 2, 8, 32
+LARGEST = 1e30  # of what a layer gives: sums of such values are finite floats
 FIRST_LAST_BITS = 8  # the first and the last layer keep them in every policy
 Policy = dict[str, list[int]]
 
@@ -54,24 +55,17 @@ CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean, standard d
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class PaddedShortcut(nn.Module):
-    """Option A: every second pixel, and channels of zeros, instead of a 1x1 convolution."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        half = x.shape[1] // 2
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, half, half))
+def shortcut(c_in: int, c_out: int) -> nn.Module:
+    """A 1x1 convolution of stride 2."""
+    conv = nn.Conv2d(c_in, c_out, 1, 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out))
 
 
 class CifarResNet(nn.Module):
     """ResNet of depth 6n + 2 for small images: n blocks each of 16, 32 and 64 channels."""
 
-    def __init__(self, depth: int, num_classes: int, option_a: bool = False):
+    def __init__(self, depth: int, num_classes: int):
         super().__init__()
-
-        def shortcut(c_in: int, c_out: int) -> nn.Module:
-            conv = nn.Conv2d(c_in, c_out, 1, 2, bias=False)
-            return PaddedShortcut() if option_a else nn.Sequential(conv, nn.BatchNorm2d(c_out))
-
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU()
@@ -114,77 +108,70 @@ for depth in (8, 20, 32, 44, 56, 110):
     NETWORKS[f"resnet{depth}"] = (functools.partial(CifarResNet, depth), CIFAR10)
 
 
-def build_classifier(arch: str, num_classes: int, mean=None, std=None, **options) -> Classifier:
+def build_classifier(arch: str, num_classes: int, mean=None, std=None) -> Classifier:
     """A float Classifier by name, normalised as usual unless mean and std are given."""
     require(arch in NETWORKS, f"unknown network {arch!r}; there are {', '.join(NETWORKS)}")
     constructor, (usual_mean, usual_std) = NETWORKS[arch]
-    net = constructor(num_classes=num_classes, **options)
+    net = constructor(num_classes=num_classes)
     return Classifier(net, mean or usual_mean, std or usual_std)
 
 
-WRAPPED = (
-    "state_dict",
-    "net",
-    "model",
-    "model_state_dict",
-    "model_ema",
-)  # where weights are kept
-PREFIXES = "module.", "_orig_mod.", "model.", "net.", "1."  # of what wraps a network
-NORMALISE = "mean means mu std stds sds sigma".split()  # what its layers call their numbers
-
-
 def read_state_dict(path) -> dict[str, Tensor]:
-    """The one state dict in a checkpoint file, bare or wrapped. Raises ValueError."""
+    """The tensors of a checkpoint by name: bare, or under state_dict, net or model."""
     try:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for files that are no checkpoints
-        unsafe = re.search(r"GLOBAL (\S+)", str(error))
-        line = (str(error) or "it is empty").splitlines()[0][:60]
-        reason = f"it holds {unsafe[1]}" if unsafe else line
-        saving = f"torch.save(torch.load({str(path)!r}, weights_only=False)['state_dict'], NEW)"
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many types for files that are no checkpoints
+        reason = (str(error) or "it is empty").splitlines()[0][:80]
         message = f"{path}: not a PyTorch checkpoint of tensors and plain values ({reason})"
-        raise ValueError(f"{message}; if you trust it, {saving}") from None
-    raw = raw if isinstance(raw, dict) else {}
-    states = [raw[key] for key in WRAPPED if isinstance(raw.get(key), dict)] or [raw]
-    state = {key: value for key, value in states[0].items() if isinstance(value, Tensor)}
-    named = len(states) == 1 and state and all(isinstance(key, str) for key in state)
-    require(named, f"{path} holds {list(raw)[:6]}, not one state dict of named tensors")
-    return state
+        raise ValueError(message) from None
+    saved = saved if isinstance(saved, dict) else {}
+    for key in ("state_dict", "net", "model"):
+        if isinstance(saved.get(key), dict):
+            saved = saved[key]
+    named = [isinstance(key, str) and isinstance(v, Tensor) for key, v in saved.items()]
+    require(
+        named and all(named), f"{path} holds {list(saved)[:6]}, not a state dict of tensors"
+    )
+    return dict(saved)
 
 
 def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
-    """A float Classifier from a file: a state dict in a layout in public use.
+    """A float Classifier from a state dict, bare or under state_dict, net or model.
 
-    Taken: bare or wrapped, behind any of PREFIXES, with the numbers of a normalise layer (in
-    [0, 1] or 0..255); CIFAR ResNets whose shortcuts are `shortcut`, or none (option A; with
-    a last layer `linear`, ImageNet's normalisation is meant). Raises ValueError for others."""
+    The prefix that all names share is that of the network; `mean` and `std` are those of a
+    normalisation in front, for pixels in [0, 1]; CIFAR ResNets may name their last layer
+    `linear` and their shortcuts `shortcut`. Raises ValueError for other files, which names
+    the missing and the unexpected tensors."""
     state = read_state_dict(path)
-    mean = std = None
-    names = sorted(key for key in state if key.rpartition(".")[2] in NORMALISE)  # mean first
-    values = [state.pop(name).flatten().float() for name in names]
-    if values:
-        pair = len(values) == 2 and {len(value) for value in values} <= {1, 3}
-        require(pair, f"{path}: {names} are no one normalisation, a mean and a deviation")
-        unit = 255 if max(map(torch.max, values)) > 2 else 1
-        mean, std = [(value / unit).expand(3).tolist() for value in values]
-    while state and (known := [p for p in PREFIXES if all(key.startswith(p) for key in state)]):
-        state = {key.removeprefix(known[0]): value for key, value in state.items()}
-    options = {}
-    if getattr(NETWORKS[arch][0], "func", None) is CifarResNet:
-        if not any(".shortcut." in key or ".downsample." in key for key in state):
-            options["option_a"] = True
-            if "linear.weight" in state and mean is None:
-                mean, std = IMAGENET
-        for theirs, ours in (("linear.", "fc."), (".shortcut.", ".downsample.")):
-            state = {key.replace(theirs, ours): value for key, value in state.items()}
-    classifier = build_classifier(arch, num_classes, mean, std, **options)
+    names = [name for name in state if name.rpartition(".")[2] in ("mean", "std")]
+    numbers = {name.rpartition(".")[2]: state.pop(name).flatten() for name in names}
+    if numbers:
+        sizes = {len(values) for values in numbers.values()}
+        pair = len(names) == len(numbers) == 2 and sizes <= {1, 3}
+        require(pair, f"{path}: {names} are no mean and standard deviation of channels")
+        numbers = {name: values.tolist() for name, values in numbers.items()}
+    classifier = build_classifier(arch, num_classes, **numbers)
+    ours = classifier.net.state_dict()
+    theirs, prefix = common_prefix(state), common_prefix(ours)
+    renamed = {}
+    for name, value in state.items():
+        name = prefix + name.removeprefix(theirs)
+        if name not in ours:
+            name = name.replace("linear.", "fc.").replace(".shortcut.", ".downsample.")
+        renamed[name] = value
     try:
-        classifier.net.load_state_dict(state)
+        classifier.net.load_state_dict(renamed)
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip()[:80]
+        reason = " ".join(str(error).split())[:200]
         message = f"{path} holds no {arch} with {num_classes} classes"
         raise ValueError(f"{message}; give the --arch of its training ({reason})") from None
     return classifier
+
+
+def common_prefix(names) -> str:
+    """The modules that all names lie in, with a dot behind: `module.` of `module.fc.bias`."""
+    shared = os.path.commonprefix(list(names))
+    return shared[: shared.rfind(".") + 1]
 
 
 # ---- quantizer ----
@@ -198,8 +185,6 @@ def integer_range(bits: int, signed: bool, symmetric: bool = False) -> tuple[int
 
 def quantize(v: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
     """Integers (as floats) round(v / step), clipped to [q_min, q_max]."""
-    if v.is_cuda:
-        return quantize_on_gpu(v, step, low=q_min, high=q_max)
     return (v / step).round_().clamp_(q_min, q_max)
 
 
@@ -299,16 +284,24 @@ class LSQ(nn.Module):
 AS_CONVOLUTION = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
 
 
+def check_input(name: str, x: Tensor) -> None:
+    """Raises ValueError unless a layer's input is finite, (B, C, H, W) or (B, features)."""
+    if x.ndim not in (2, 4):
+        raise ValueError(f"layer {name}: its input {tuple(x.shape)} has no batch axis")
+    if not x.sum().isfinite():
+        raise ValueError(f"layer {name}: its input is not finite")
+
+
 class QuantLayer(nn.Module):
     """A convolution or linear layer with its BatchNorm; quantizes its weights and its input.
     At 32 bits it is the float layer. At fewer it simulates them, with BatchNorm in float."""
 
-    def __init__(self, layer: nn.Module, norm: nn.Module, in_shape: tuple, quantizer=LSQ):
+    def __init__(self, name: str, layer, norm: nn.Module, in_shape: tuple, quantizer=LSQ):
         super().__init__()
+        self.name, self.in_shape = name, in_shape
         self.weight, self.bias, self.norm = layer.weight, layer.bias, norm
         self.is_linear = isinstance(layer, nn.Linear)
-        self.in_shape = (*in_shape, 1, 1)[:3]
-        self.conv = {name: getattr(layer, name, one) for name, one in AS_CONVOLUTION.items()}
+        self.conv = {key: getattr(layer, key, one) for key, one in AS_CONVOLUTION.items()}
         self.weight_quantizer, self.input_quantizer = quantizer(len(layer.weight)), quantizer()
         self.w_bits = self.a_bits = FLOAT_BITS
 
@@ -338,13 +331,14 @@ class QuantLayer(nn.Module):
             gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
             scale, shift = scale * gain, (shift - norm.running_mean) * gain + norm.bias
         weight = weight[:, :, None, None] if self.is_linear else weight
-        bits = w.bits, a.bits, bool(a.signed)
-        return Integers(weight, a.step.detach(), scale, shift, *bits, self.conv, self.in_shape)
+        operands = weight, a.step.detach(), scale, shift, w.bits, a.bits, bool(a.signed)
+        return Integers(self.name, *operands, self.conv, self.in_shape)
 
 
 class Integers(NamedTuple):
     """A frozen layer as data: what is packed, and what every backend runs."""
 
+    name: str
     weight: Tensor  # int8 (c_out, c_in / groups, h, w); of a linear layer a 1x1 convolution's
     a_step: Tensor  # (), step size of the input
     scale: Tensor  # (c_out,), of the sums
@@ -361,21 +355,26 @@ class IntegerLayer(nn.Module):
     float32 holds integers exactly below 2^24; where sums can get larger, float64 is taken."""
 
     backend = "float32"
+    reads_kernel = False  # whether its input is known to be finite
 
     def __init__(self, integers: Integers):
         super().__init__()
-        for name in ("weight", "a_step", "scale", "shift"):
-            self.register_buffer(name, getattr(integers, name).clone())
-        self.w_bits, self.a_bits, self.signed, self.conv, self.in_shape = integers[4:]
+        for name, value in integers._asdict().items():
+            if isinstance(value, Tensor):
+                self.register_buffer(name, value.clone())
+            else:
+                setattr(self, name, value)
         self.q_min, self.q_max = integer_range(self.a_bits, self.signed)
-        weights = self.weight.flatten(1).cpu().double().abs().sum(1).max()
-        largest_sum = max(-self.q_min, self.q_max) * weights
+        self.row_sum = float(self.weight.flatten(1).cpu().double().abs().sum(1).max())
+        largest_sum = max(-self.q_min, self.q_max) * self.row_sum
         self.sum_type = torch.float32 if largest_sum < 2**24 else torch.float64
 
     def freeze(self) -> Integers:
         return Integers(*(getattr(self, name) for name in Integers._fields))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.reads_kernel:
+            check_input(self.name, x)
         q = quantize(x, self.a_step, self.q_min, self.q_max)
         acc = self.accumulate(q[:, :, None, None] if x.ndim == 2 else q)
         out = torch.addcmul(self.shift[:, None, None], acc, self.scale[:, None, None])
@@ -405,6 +404,14 @@ LAYERS = nn.Conv2d, nn.Linear
 NORMS = nn.BatchNorm1d, nn.BatchNorm2d
 
 
+class Traced(NamedTuple):
+    """What one pass shows of a layer."""
+
+    row: Layer
+    in_shape: tuple  # channels, height, width
+    norm: str | None  # the BatchNorm that reads its output
+
+
 def body_of(classifier: nn.Module) -> nn.Module:
     """The module that layers are named in."""
     return classifier.net if isinstance(classifier, Classifier) else classifier
@@ -414,38 +421,47 @@ def body_of(classifier: nn.Module) -> nn.Module:
 def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> list[Layer]:
     """Replace each convolution and linear layer, and the BatchNorm it feeds, by a QuantLayer.
 
-    All start at 32 bits. Shapes are read off one pass of a random square image. If BatchNorms
+    All start at 32 bits. Shapes are read off one pass of two random square images. If BatchNorms
     do not follow layers (pre-activation networks), all stay float. quantizer: a class as LSQ.
     Returns the layer table. Raises ValueError, which names the layer, and leaves the network as
     it was, unless each layer runs exactly once, nothing else has weights, and 32 bits compute
     what the float network did."""
     for name, module in classifier.named_modules():
-        is_layer = isinstance(module, LAYERS)
-        plain = not is_layer or "weight" in module._parameters
-        require(plain, f"layer {name} has a parametrized weight; remove the parametrization")
-        vectors = all(p.numel() <= max(p.shape, default=1) for p in module.parameters(False))
-        kind = f"layer {name}, {type(module).__name__}, has weights that cannot be quantized"
-        require(is_layer or vectors, f"{kind}; Conv2d's and Linear's can")
+        check_weights(name, module)
     body, parameter = body_of(classifier), next(classifier.parameters())
     is_float32 = parameter.dtype == torch.float32
     require(is_float32, f"the network is in {parameter.dtype}; call its float() first")
     first = next(module for module in body.modules() if isinstance(module, LAYERS))
     channels = getattr(first, "in_channels", 3)
-    probe = torch.rand(1, channels, image_size, image_size, device=parameter.device)
-    expected, table, norm_of = trace(copy.deepcopy(classifier).eval(), probe)
-    for folded in (norm_of, {}):
+    probe = torch.rand(2, channels, image_size, image_size, device=parameter.device)
+    expected, layers = trace(copy.deepcopy(classifier).eval(), probe)
+    unfolded = [layer._replace(norm=None) for layer in layers]
+    for layers in (layers, unfolded):
         trial = copy.deepcopy(classifier).eval()
-        replace_layers(trial, table, folded, quantizer)
+        replace_layers(trial, layers, quantizer)
         if torch.equal(trial(probe), expected):
-            replace_layers(classifier, table, folded, quantizer)
-            return table
-    raise ValueError(
-        "with QuantLayers the network computes something else; does it pad with zeros?"
-    )
+            replace_layers(classifier, layers, quantizer)
+            return [layer.row for layer in layers]
+    raise ValueError("with QuantLayers the network computes something else; has it hooks?")
 
 
-def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[Layer], dict[str, str]]:
-    """The logits of a probe (1, C, H, W), the layer table, each layer's BatchNorm by name."""
+def check_weights(name: str, module: nn.Module) -> None:
+    """Raises ValueError for weights that no QuantLayer stands for."""
+    if isinstance(module, LAYERS):
+        own = "weight" in module._parameters
+        require(own, f"layer {name} has a parametrized weight; remove the parametrization")
+        usual = type(module).forward in [layer.forward for layer in LAYERS]
+        require(usual, f"layer {name}, {type(module).__name__}, has a forward of its own")
+        mode = getattr(module, "padding_mode", "zeros")
+        require(mode == "zeros", f"layer {name} pads with {mode!r}, not with zeros")
+        return
+    vectors = all(p.numel() <= max(p.shape, default=1) for p in module.parameters(False))
+    message = f"layer {name}, {type(module).__name__}, has weights that cannot be quantized"
+    require(vectors, f"{message}; Conv2d's and Linear's can")
+
+
+def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[Traced]]:
+    """The logits of a probe (2, C, H, W), and the layers in order of execution."""
     body = body_of(classifier)
     names = {module: name for name, module in body.named_modules()}
     everything = [module for _, module in body.named_modules(remove_duplicate=False)]
@@ -453,49 +469,57 @@ def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[Layer], di
     norms = [m for m in names if isinstance(m, NORMS) and m.affine and m.track_running_stats]
     calls = []
     for module in layers + norms:
-        module.register_forward_hook(lambda module, xs, out: calls.append((module, xs[0], out)))
+        module.register_forward_hook(lambda module, xs, out: calls.append((module, xs, out)))
     logits = classifier(probe)
     is_tensor = isinstance(logits, Tensor)
     require(is_tensor, f"the network returns a {type(logits).__name__}, not logits")
     finite = logits.isfinite().all()
     require(finite, "the network's logits are not finite: check its normalisation")
+    called = [module for module, *_ in calls]
     for layer in layers:
-        times = [module for module, *_ in calls].count(layer)
+        times = called.count(layer)
         runs = f"layer {names[layer]} runs {times} times in a pass, not once"
         require(times == 1, f"{runs} (if never: torchvision has aux_logits=False for that)")
         once = everything.count(layer) == 1
         require(once, f"layer {names[layer]} has a second name; register it once")
-    table, producer, norm_of = [], {}, {}  # id of an output -> its layer -> its BatchNorm
-    for module, x, out in calls:
-        if module in norms:
-            norm_of[producer.get(id(x))] = names[module]
-            continue
-        name = producer[id(out)] = names[module]
-        kernel = stride = map_size = 1
-        if isinstance(module, nn.Linear):
-            flat = x.ndim == 2
-            require(flat, f"layer {name} is linear on {tuple(x.shape)}, not on (B, features)")
-        else:
-            kernel, stride, map_size = module.kernel_size[0], module.stride[0], x.shape[-1]
-        weights = module.weight.numel()
-        macs = weights * out[0, 0].numel()  # weights times output positions
-        depthwise = getattr(module, "groups", 1) == x.shape[1] > 1
-        side = kernel, stride, map_size
-        table.append(Layer(name, x.shape[1], out.shape[1], *side, weights, macs, depthwise))
-    return logits, table, norm_of
+    readers = {id(xs[0]): names[norm] for norm, xs, _ in calls if xs and norm in norms}
+    traced = []
+    for module, xs, out in calls:
+        if module in layers:
+            row = layer_row(names[module], module, xs, out)
+            in_shape = (*xs[0].shape[1:], 1, 1)[:3]
+            traced.append(Traced(row, in_shape, readers.get(id(out))))
+    return logits, traced
 
 
-def replace_layers(classifier: nn.Module, table, norm_of: dict[str, str], quantizer) -> None:
+def layer_row(name: str, module: nn.Module, inputs: tuple, out: Tensor) -> Layer:
+    """The row of a layer that was called with these positional inputs on two images."""
+    tensor = len(inputs) == 1 and isinstance(inputs[0], Tensor)
+    require(tensor, f"layer {name} is called by keyword; call it with one tensor")
+    shape = tuple(inputs[0].shape)
+    axes = 2 if isinstance(module, nn.Linear) else 4
+    batch = len(shape) == axes and shape[0] == 2
+    require(batch, f"layer {name} is on {shape}, not on (B, features) or (B, C, H, W)")
+    kernel = stride = map_size = 1
+    if isinstance(module, nn.Conv2d):
+        kernel, stride, map_size = module.kernel_size[0], module.stride[0], shape[-1]
+    weights = module.weight.numel()
+    macs = weights * out[0, 0].numel()  # weights times output positions
+    depthwise = getattr(module, "groups", 1) == shape[1] > 1
+    side = kernel, stride, map_size
+    return Layer(name, shape[1], out.shape[1], *side, weights, macs, depthwise)
+
+
+def replace_layers(classifier: nn.Module, layers: list[Traced], quantizer) -> None:
     """Put QuantLayers in place, in the mode and on the device of the layers before."""
     body = body_of(classifier)
-    for row in table:
+    for row, in_shape, norm_name in layers:
         layer, norm = body.get_submodule(row.name), nn.Identity()
-        if row.name in norm_of:
-            norm = body.get_submodule(norm_of[row.name])
-            body.set_submodule(norm_of[row.name], nn.Identity())
-        in_shape = row.c_in, row.map_size, row.map_size
-        quantized = QuantLayer(layer, norm, in_shape, quantizer).train(layer.training)
-        body.set_submodule(row.name, quantized.to(layer.weight.device))
+        if norm_name is not None:
+            norm = body.get_submodule(norm_name)
+            body.set_submodule(norm_name, nn.Identity())
+        quantized = QuantLayer(row.name, layer, norm, in_shape, quantizer)
+        body.set_submodule(row.name, quantized.train(layer.training).to(layer.weight.device))
 
 
 def quant_layers(classifier: nn.Module) -> dict[str, QuantLayer | IntegerLayer]:
@@ -504,19 +528,32 @@ def quant_layers(classifier: nn.Module) -> dict[str, QuantLayer | IntegerLayer]:
     return {name: m for name, m in modules if isinstance(m, (QuantLayer, IntegerLayer))}
 
 
+def live_layers(classifier: nn.Module) -> dict[str, QuantLayer]:
+    """The layers whose bits can change. ValueError if there are none, or integers instead."""
+    layers = quant_layers(classifier)
+    live = [isinstance(layer, QuantLayer) for layer in layers.values()]
+    message = "the network has no layers of quantize_model, or it is frozen to integers"
+    require(live and all(live), message)
+    return layers
+
+
 def check_policy(names: Sequence[str], policy: Policy) -> None:
     """Raises ValueError unless the policy gives each layer two possible bit-widths."""
     is_policy = isinstance(policy, dict) and set(policy) == set(names)
     require(is_policy, f"a policy names exactly the layers {list(names)[:3]} ...")
     for name, bits in policy.items():
-        widths = [FLOAT_BITS] if bits == [FLOAT_BITS] * 2 else range(MIN_BITS, MAX_BITS + 1)
-        possible = len(bits) == 2 and all(width in widths for width in bits)
+        pair = isinstance(bits, list | tuple) and [type(b) for b in bits] == [int, int]
+        narrow = pair and MIN_BITS <= min(bits) and max(bits) <= MAX_BITS
+        possible = narrow or (pair and set(bits) == {FLOAT_BITS})
         require(possible, f"layer {name}: bits are 2 to 8, or both 32, not {bits}")
 
 
 def set_policy(classifier: nn.Module, policy: Policy) -> None:
-    """Set every layer's bit-widths. ValueError: as `check_policy`, or before `calibrate`."""
-    layers = quant_layers(classifier)
+    """Set every layer's bit-widths; steps start at the initial ones of `calibrate`.
+
+    Learned steps are loaded last: calibrate, set_policy, load_state_dict. ValueError: as
+    `check_policy`, before `calibrate`, or for a frozen network."""
+    layers = live_layers(classifier)
     check_policy(layers, policy)
     for name, bits in policy.items():
         layers[name].set_bits(*bits)
@@ -526,27 +563,36 @@ def set_policy(classifier: nn.Module, policy: Policy) -> None:
 def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65536) -> None:
     """Find, on the float network, initial steps for each bit-width; which inputs are signed.
 
-    batches: images (B, 3, H, W) as the network will see them, noise included. Steps have the
-    least squared error on weights and about `values` inputs per layer; inputs never below 0 are
-    unsigned. Leaves 32 bits."""
-    layers = quant_layers(classifier).values()
+    batches: images (B, 3, H, W) as the network will see them, noise included; how they are
+    split matters only to the draws. Steps have the least squared error on weights and on about
+    `values` inputs per layer, drawn at random, seeded; inputs never below 0 are unsigned.
+    Leaves 32 bits. ValueError, which names the layer, for inputs that are not finite."""
+    layers = live_layers(classifier).values()
+    images = sum(map(len, batches))
     seen: dict[QuantLayer, list[Tensor]] = {layer: [] for layer in layers}
+    generators = {layer: torch.Generator().manual_seed(0) for layer in layers}
 
     def keep(layer, inputs):
+        check_input(layer.name, inputs[0])
         flat = inputs[0].flatten()
         layer.input_quantizer.signed |= (flat < 0).any()
-        stride = max(1, len(flat) * len(batches) // values)
-        seen[layer].append(flat[::stride].clone())
+        count = math.ceil(values * len(inputs[0]) / images)
+        if count < len(flat):
+            drawn = torch.randint(len(flat), (count,), generator=generators[layer])
+            flat = flat[drawn.to(flat.device)]
+        seen[layer].append(flat.clone())
 
     classifier.eval()
-    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
     for layer in layers:
         layer.set_bits(FLOAT_BITS, FLOAT_BITS)
         layer.input_quantizer.signed.fill_(False)
-    for batch in batches:
-        classifier(batch)
-    for hook in hooks:
-        hook.remove()
+    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
+    try:
+        for batch in batches:
+            classifier(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
     for layer in layers:
         layer.input_quantizer.observe(torch.cat(seen[layer])[None])
         layer.weight_quantizer.observe(layer.weight.flatten(1))
@@ -588,36 +634,56 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
 
 
 # ---- the integer network ----
+@torch.no_grad()
 def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "float32")):
     """The network as it is evaluated and certified: a frozen copy, in evaluation mode.
 
-    Every quantized layer runs on the first of `backends` that is exact for it at batches of
-    `batch`, by which GPUs choose kernels; layers of 32 bits stay. `network.backend` names what
-    runs. Raises RuntimeError if none is exact, ValueError for a layer that is not finite."""
+    Every quantized layer runs on the first of `backends` whose sums are exact for it at batches
+    of `batch`, by which GPUs choose kernels; layers of 32 bits stay. Two backends give the same
+    integers up to rounding ties, where float error decides. `network.backend` names what runs.
+    Raises ValueError, which names the layer, if no sums are exact or a layer is not finite; so
+    does the network for inputs that are not finite."""
+    integers = hasattr(classifier, "backend")
+    require(
+        not integers, "this is an integer network; give what quantize_model or load_model made"
+    )
+    network = freeze_layers(classifier, batch, backends)
+    if can_be_fused(body_of(network)):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.rand(8, *body_of(network).conv1.in_shape, generator=generator)
+        x += 0.25 * torch.randn(x.shape, generator=generator)
+        expected = network(x)
+        fuse_blocks(body_of(network))
+        if not agree_but_for_ties(network(x), expected):
+            network = freeze_layers(classifier, batch, backends)
+    layers = quant_layers(network).values()
+    used = {layer.backend for layer in layers if isinstance(layer, IntegerLayer)}
+    network.backend = "+".join(sorted(used, reverse=True)) or "float"
+    return network
+
+
+def freeze_layers(classifier: nn.Module, batch: int, backends) -> nn.Module:
+    """A copy with an exact IntegerLayer for every layer of fewer than 32 bits."""
     network = copy.deepcopy(classifier).eval()
-    body, kinds = body_of(network), {"int8": Int8Layer, "float32": IntegerLayer}
-    used = set()
+    classes = {"int8": Int8Layer, "float32": IntegerLayer}
     for name, layer in quant_layers(network).items():
         if layer.w_bits == FLOAT_BITS:
             continue
         integers = layer.freeze()
-        finite = (integers.scale * integers.shift).isfinite().all()
+        largest = integers.scale.abs() * 2.0**31 + integers.shift.abs()
+        finite = (largest < LARGEST).all()
         require(finite, f"layer {name}: its weights or its BatchNorm are not finite")
         require(not is_hooked(layer), f"layer {name} has hooks that its integers would lose")
-        tried = (exact_layer(kinds[backend], integers, batch) for backend in backends)
+        tried = (exact_layer(classes[backend], integers, batch) for backend in backends)
         frozen = next((layer for layer in tried if layer is not None), None)
-        if frozen is None:
-            reason = "no sums are exact here, or memory is short; use --device cpu"
-            raise RuntimeError(f"layer {name}: {reason}")
-        body.set_submodule(name, frozen)
-        used.add(frozen.backend)
-    fuse_blocks(body)
-    network.backend = "+".join(sorted(used, reverse=True)) or "float"
+        reason = "no sums are exact here, or memory is short; use --device cpu"
+        require(frozen is not None, f"layer {name}: {reason}")
+        body_of(network).set_submodule(name, frozen)
     return network.eval()
 
 
-def exact_layer(kind: type, integers: Integers, batch: int) -> IntegerLayer | None:
-    """A layer of this kind if its sums are those of integers, for random and extreme inputs.
+def exact_layer(layer_class: type, integers: Integers, batch: int) -> IntegerLayer | None:
+    """A layer of this class if its sums are those of integers, for random and extreme inputs.
     Processors without VNNI saturate the sum of two products; the largest inputs show that."""
     generator = torch.Generator().manual_seed(0)
     q_min, q_max = integer_range(integers.a_bits, integers.signed)
@@ -629,11 +695,18 @@ def exact_layer(kind: type, integers: Integers, batch: int) -> IntegerLayer | No
     device, copies = integers.weight.device, (max(1, batch // 2), 1, 1, 1)
     many = q.float().to(device).repeat(copies).contiguous(memory_format=torch.channels_last)
     try:
-        layer = kind(integers)
+        layer = layer_class(integers)
         same = torch.equal(layer.accumulate(many), exact.to(device).repeat(copies))
     except (RuntimeError, ValueError, TypeError, AttributeError):  # not on this device or torch
         return None
     return layer if same else None
+
+
+def agree_but_for_ties(logits: Tensor, expected: Tensor) -> bool:
+    """Whether most images have the same logits (B, classes), within float error. Float error
+    crosses a rounding tie in few images; a wrong network is wrong in most."""
+    same = (logits - expected).abs().amax(1) <= 1e-4 * expected.abs().max()
+    return bool(same.float().mean() > 0.5)
 
 
 # ---- saved networks ----
@@ -658,6 +731,13 @@ def unpack_bits(data: bytes, count: int, bits: int) -> Tensor:
     return (shifted - (2 ** (bits - 1) - 1)).to(torch.int8)
 
 
+def float_tensors(classifier: Classifier, table: list[Layer]) -> dict[str, Tensor]:
+    """What is packed besides the layers: BatchNorms of their own."""
+    inside = tuple(f"{row.name}." for row in table)
+    state = classifier.net.state_dict().items()
+    return {name: value for name, value in state if not name.startswith(inside)}
+
+
 @torch.no_grad()
 def pack_model(classifier: Classifier, table: list[Layer], description: dict) -> bytes:
     """A quantized network as one file: integers at their own bit-widths, and a description.
@@ -666,21 +746,22 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
     version; size of header; header (JSON); per layer weights, a_step, scale, shift in float32;
     SHA-256 of that."""
     missing = {"arch", "image_size", "sigma", "dataset", "classes"} - description.keys()
-    require(missing == set(), f"the description of the network lacks {sorted(missing)}")
+    require(len(missing) == 0, f"the description of the network lacks {sorted(missing)}")
+    arch, whole = description["arch"], isinstance(classifier, Classifier)
+    require(arch in NETWORKS, f"NETWORKS has no {arch!r}: no program could load the file")
+    require(whole, f"a Classifier is packed, not a {type(classifier).__name__} without its net")
     all_named = len(description["classes"]) == table[-1].c_out
     require(all_named, "the description names more or fewer classes")
     frozen = [quant_layers(classifier)[row.name].freeze() for row in table]
-    inside = tuple(f"{row.name}." for row in table)
-    state = classifier.net.state_dict().items()
-    norms = {key: value.tolist() for key, value in state if not key.startswith(inside)}
+    norms = float_tensors(classifier, table)
     header = {
         **description,
         "policy": [[layer.w_bits, layer.a_bits] for layer in frozen],
         "signed": [int(layer.signed) for layer in frozen],
         "mean": classifier.mean.flatten().tolist(),
         "std": classifier.std.flatten().tolist(),
-        "float": norms,  # BatchNorms of their own
-        "option_a": any(isinstance(m, PaddedShortcut) for m in classifier.modules()),
+        "float": {name: value.tolist() for name, value in norms.items()},
+        "option_a": False,  # of files of older versions: shortcuts without weights
     }
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     data = MAGIC + struct.pack("<HI", VERSION, len(text)) + text
@@ -708,10 +789,11 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
     packed = read_packed(path)
     require(packed, f"{path}: not a network saved by this program")
     saved, data = packed
-    options = {"option_a": True} if saved["option_a"] else {}
+    if saved.get("option_a"):
+        raise ValueError(f"{path} has shortcuts without weights: nothing runs them any more")
     num_classes = len(saved["classes"])
     normalisation = saved["mean"], saved["std"]
-    classifier = build_classifier(saved["arch"], num_classes, *normalisation, **options)
+    classifier = build_classifier(saved["arch"], num_classes, *normalisation)
     table = quantize_model(classifier, saved["image_size"])
     for row, (w_bits, a_bits), signed in zip(
         table, saved["policy"], saved["signed"], strict=True
@@ -722,25 +804,21 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
         weight = weight.view(*layer.weight.shape[:2], row.kernel, -1)
         floats = torch.frombuffer(bytearray(data[size:]), dtype=torch.float32, count=count)
         scale, shift = floats[1:].split(row.c_out)
-        bits = w_bits, a_bits, bool(signed)
-        integers = Integers(weight, floats[0], scale, shift, *bits, layer.conv, layer.in_shape)
+        operands = weight, floats[0], scale, shift, w_bits, a_bits, bool(signed)
+        integers = Integers(row.name, *operands, layer.conv, layer.in_shape)
         classifier.net.set_submodule(row.name, IntegerLayer(integers))
         data = data[size + 4 * count :]
-    norms = {key: torch.tensor(value) for key, value in saved.get("float", {}).items()}
-    classifier.net.load_state_dict(norms, strict=False)
+    norms = {name: torch.tensor(value) for name, value in saved.get("float", {}).items()}
+    differ = sorted(norms.keys() ^ float_tensors(classifier, table).keys())
+    require(len(differ) == 0 and len(data) == 0, f"{path} lacks or adds tensors: {differ[:3]}")
+    classifier.net.load_state_dict(norms, strict=False)  # the layers have theirs
     saved["policy"] = {row.name: bits for row, bits in zip(table, saved["policy"])}
     return classifier.eval(), table, saved
 
 
 # ---- faster, same integers: skip at first reading ----
-KERNEL = "template <typename T> T quantize(T v, T step, T low, T high)"
-KERNEL += "{ T q = rint(v / step); return q < low ? low : q > high ? high : q; }"
-quantize_on_gpu = torch.cuda.jiterator._create_jit_fn(
-    KERNEL, low=0, high=0
-)  # one pass, not three
-warnings.filterwarnings(
-    "ignore", "torch.quantize_per_tensor"
-)  # where it is gone: float32 layers
+# Where torch has lost quantize_per_tensor, layers run on float32.
+warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 
 
 class Int8Layer(IntegerLayer):
@@ -751,7 +829,9 @@ class Int8Layer(IntegerLayer):
     def __init__(self, integers: Integers):
         super().__init__(integers)
         require(self.weight.device.type == "cpu", "int8 layers run on CPUs")
-        places = (list(self.conv[name]) for name in ("stride", "padding", "dilation"))
+        largest_sum = (self.q_max - self.q_min) * self.row_sum  # with the zero point
+        require(largest_sum < 2**31, "int8 layers add up in 32 bits")
+        places = [list(self.conv[name]) for name in ("stride", "padding", "dilation")]
         self.settings = *places, self.conv["groups"]
         self.step, self.ones = float(self.a_step), torch.ones(len(self.weight))
         self.zero_points = torch.zeros(len(self.weight), dtype=torch.int64)
@@ -765,16 +845,20 @@ class Int8Layer(IntegerLayer):
         self.epilogue, self.limits = (self.scale, self.shift), None
         self.output = 0, torch.float32  # zero point, type
         if reader is not None:
-            self.epilogue = self.scale / reader.a_step, self.shift / reader.a_step
-            self.output = -reader.q_min, torch.uint8
             zero_point = -reader.q_min
-            least, most = (zero_point if relu else 0), reader.q_max + zero_point
-            if (least, most) != (0, 255):  # the kernel itself rounds and saturates
-                self.limits = least, most
+            self.epilogue = self.scale / reader.a_step, self.shift / reader.a_step
+            self.output = zero_point, torch.uint8
+            limits = zero_point if relu else 0, reader.q_max + zero_point
+            if limits != (0, 255):  # the kernel itself rounds and saturates
+                self.limits = limits
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """residual is added to the epilogue, and overwritten."""
-        q = x if x.dtype == torch.uint8 else self._to_uint8(x, self.step)
+        q = x
+        if x.dtype != torch.uint8:
+            if not self.reads_kernel:
+                check_input(self.name, x)
+            q = self._to_uint8(x, self.step)
         q = q[:, :, None, None] if x.ndim == 2 else q
         out = self._convolve(q, *self.epilogue, residual, self.relu, *self.output)
         if self.limits:
@@ -799,21 +883,26 @@ class Int8Layer(IntegerLayer):
         output = shift, *self.settings, 1.0, zero, dtype
         if residual is None:
             return op(*operands, *output, relu, [], "")
-        residual = residual.contiguous(
-            memory_format=torch.channels_last
-        )  # as the kernel's output
+        # laid out as the kernel's output
+        residual = residual.contiguous(memory_format=torch.channels_last)
         return op.binary(*operands, residual, *output, 1.0, 0, "sum", 1.0, relu, [], "")
+
+    def __reduce_ex__(self, protocol):
+        raise ValueError("int8 layers are neither pickled nor copied; pack_model saves them")
 
 
 class FusedBlock(nn.Module):
     """A BasicBlock of int8 layers, relu(conv2(relu(conv1(x))) + shortcut(x)), in two kernels.
     The sum overwrites x: inside a CifarResNet nobody else reads it."""
 
-    def __init__(self, block: BasicBlock):
+    def __init__(self, block: BasicBlock, reads_kernel: bool):
         super().__init__()
         self.conv1, self.conv2, self.downsample = block.conv1, block.conv2, block.downsample
         self.conv1.then(relu=True, reader=self.conv2)
         self.conv2.then(relu=True)
+        for layer in quant_layers(self).values():
+            layer.reads_kernel = True
+        self.conv1.reads_kernel = reads_kernel  # else it checks x for all
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.conv1(x)
@@ -821,20 +910,29 @@ class FusedBlock(nn.Module):
 
 
 def is_hooked(module: nn.Module) -> bool:
-    return any(part._forward_hooks or part._forward_pre_hooks for part in module.modules())
+    """Whether a pass does more than the class of some part says."""
+    for part in module.modules():
+        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
+            return True
+    return False
 
 
-def fuse_blocks(body: nn.Module) -> None:
-    """The blocks and the first ReLU of a CifarResNet as it was built, in place."""
-    if type(body) is not CifarResNet or is_hooked(body):
-        return
-    for name, block in list(body.named_modules()):
-        if type(block) is BasicBlock:
-            layers, norms = (block.conv1, block.conv2), (block.bn1, block.bn2)
-            on_int8 = all(isinstance(layer, Int8Layer) for layer in layers)
-            folded = all(type(norm) is nn.Identity for norm in norms)
-            if on_int8 and folded and type(block.relu) is nn.ReLU:
-                body.set_submodule(name, FusedBlock(block))
+def can_be_fused(body: nn.Module) -> bool:
+    return type(body) is CifarResNet and not is_hooked(body)
+
+
+def fuse_blocks(body: CifarResNet) -> None:
+    """The first ReLU and the blocks of int8 layers, in order of execution, in place."""
+    reads_kernel = False  # whose outputs are finite
     if isinstance(body.conv1, Int8Layer) and type(body.bn1) is nn.Identity:
         body.conv1.then(relu=True)
         body.relu = nn.Identity()
+        reads_kernel = True
+    for name, block in list(body.named_modules()):
+        if type(block) is BasicBlock:
+            on_int8 = {type(block.conv1), type(block.conv2)} == {Int8Layer}
+            folded = {type(block.bn1), type(block.bn2)} == {nn.Identity}
+            fused = on_int8 and folded and type(block.relu) is nn.ReLU
+            if fused:
+                body.set_submodule(name, FusedBlock(block, reads_kernel))
+            reads_kernel = fused
