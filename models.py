@@ -21,6 +21,7 @@ This file stands alone (torch and torchvision).
 Sources: LSQ (Esser et al., ICLR 2020), learned steps; He et al. (2016), 4.2, CIFAR ResNets.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -116,62 +117,42 @@ def build_classifier(arch: str, num_classes: int, mean=None, std=None) -> Classi
     return Classifier(net, mean or usual_mean, std or usual_std)
 
 
-def read_state_dict(path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name: bare, or under state_dict, net or model."""
+def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
+    """A float Classifier from a state dict, bare or under state_dict, net or model.
+
+    A prefix that all names share is dropped. `mean` and `std` are those of a normalisation in
+    front, of pixels in [0, 1]; a last layer `linear` and shortcuts `shortcut` are renamed.
+    Raises ValueError for other files, which names the missing or unexpected tensors."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types for files that are no checkpoints
         reason = (str(error) or "it is empty").splitlines()[0][:80]
         message = f"{path}: not a PyTorch checkpoint of tensors and plain values ({reason})"
         raise ValueError(message) from None
-    saved = saved if isinstance(saved, dict) else {}
     for key in ("state_dict", "net", "model"):
-        if isinstance(saved.get(key), dict):
-            saved = saved[key]
-    named = [isinstance(key, str) and isinstance(v, Tensor) for key, v in saved.items()]
-    require(
-        named and all(named), f"{path} holds {list(saved)[:6]}, not a state dict of tensors"
-    )
-    return dict(saved)
-
-
-def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
-    """A float Classifier from a state dict, bare or under state_dict, net or model.
-
-    The prefix that all names share is that of the network; `mean` and `std` are those of a
-    normalisation in front, for pixels in [0, 1]; CIFAR ResNets may name their last layer
-    `linear` and their shortcuts `shortcut`. Raises ValueError for other files, which names
-    the missing and the unexpected tensors."""
-    state = read_state_dict(path)
-    names = [name for name in state if name.rpartition(".")[2] in ("mean", "std")]
-    numbers = {name.rpartition(".")[2]: state.pop(name).flatten() for name in names}
-    if numbers:
-        sizes = {len(values) for values in numbers.values()}
-        pair = len(names) == len(numbers) == 2 and sizes <= {1, 3}
-        require(pair, f"{path}: {names} are no mean and standard deviation of channels")
-        numbers = {name: values.tolist() for name, values in numbers.items()}
+        state = state.get(key, state) if isinstance(state, dict) else {}
+    others = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    is_state = state and others == [] and isinstance(next(iter(state)), str)
+    require(is_state, f"{path} holds {(others or [*state])[:6]}, not tensors by name")
+    ends = {name: name.rpartition(".")[2] for name in state}
+    names = [name for name in state if ends[name] in ("mean", "std")]
+    numbers = {ends[name]: state[name].flatten().tolist() for name in names}
+    pair = len(names) == len(numbers) != 1 and {len(v) for v in numbers.values()} <= {1, 3}
+    require(pair, f"{path}: {names} are no mean and standard deviation of channels")
+    state = {name: value for name, value in state.items() if name not in names}
     classifier = build_classifier(arch, num_classes, **numbers)
-    ours = classifier.net.state_dict()
-    theirs, prefix = common_prefix(state), common_prefix(ours)
-    renamed = {}
-    for name, value in state.items():
-        name = prefix + name.removeprefix(theirs)
-        if name not in ours:
-            name = name.replace("linear.", "fc.").replace(".shortcut.", ".downsample.")
-        renamed[name] = value
+    if state.keys() != classifier.net.state_dict().keys():
+        prefix = os.path.commonprefix([*state]).rfind(".") + 1
+        state = {name[prefix:]: value for name, value in state.items()}
+        for theirs, ours in (("linear.", "fc."), (".shortcut.", ".downsample.")):
+            state = {name.replace(theirs, ours): value for name, value in state.items()}
     try:
-        classifier.net.load_state_dict(renamed)
+        classifier.net.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         message = f"{path} holds no {arch} with {num_classes} classes"
         raise ValueError(f"{message}; give the --arch of its training ({reason})") from None
     return classifier
-
-
-def common_prefix(names) -> str:
-    """The modules that all names lie in, with a dot behind: `module.` of `module.fc.bias`."""
-    shared = os.path.commonprefix(list(names))
-    return shared[: shared.rfind(".") + 1]
 
 
 # ---- quantizer ----
@@ -319,58 +300,47 @@ class QuantLayer(nn.Module):
         return self.norm(F.conv2d(a, w, self.bias, **self.conv))
 
     @torch.no_grad()
-    def freeze(self) -> "Integers":
+    def freeze(self) -> "IntegerLayer":
         """norm(conv(a, w) + bias), a = s_a q_a, w = s_w q_w: conv(q_a, q_w) * scale + shift."""
         w, a, norm = self.weight_quantizer, self.input_quantizer, self.norm
         quantized = w.bits != FLOAT_BITS
         require(quantized, "a layer of 32 bits has no integers; keep its state_dict instead")
         weight = w.integers(self.weight).to(torch.int8)
         scale = w.step * a.step_for(weight)
-        shift = torch.zeros_like(scale) if self.bias is None else self.bias.detach()
+        shift = torch.zeros_like(scale) if self.bias is None else self.bias
         if not isinstance(norm, nn.Identity):
             gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
             scale, shift = scale * gain, (shift - norm.running_mean) * gain + norm.bias
-        weight = weight[:, :, None, None] if self.is_linear else weight
-        operands = weight, a.step.detach(), scale, shift, w.bits, a.bits, bool(a.signed)
-        return Integers(self.name, *operands, self.conv, self.in_shape)
-
-
-class Integers(NamedTuple):
-    """A frozen layer as data: what is packed, and what every backend runs."""
-
-    name: str
-    weight: Tensor  # int8 (c_out, c_in / groups, h, w); of a linear layer a 1x1 convolution's
-    a_step: Tensor  # (), step size of the input
-    scale: Tensor  # (c_out,), of the sums
-    shift: Tensor  # (c_out,)
-    w_bits: int
-    a_bits: int
-    signed: bool  # whether the input can be negative
-    conv: dict  # stride, padding, dilation, groups
-    in_shape: tuple  # of the input: channels, height, width
+        operands = (w.bits, weight, scale), (a.bits, bool(a.signed), a.step)
+        return IntegerLayer(self, *operands, shift)
 
 
 class IntegerLayer(nn.Module):
     """A frozen layer in float arithmetic: conv(round(x / a_step), weight) * scale + shift.
-    float32 holds integers exactly below 2^24; where sums can get larger, float64 is taken."""
+
+    weight is int8 (c_out, c_in / groups, h, w), of a linear layer a 1x1 convolution's; a_step
+    (); scale and shift (c_out,); signed says whether the input can be negative. float32 holds
+    integers exactly below 2^24; where sums can get larger, float64 is taken."""
 
     backend = "float32"
     reads_kernel = False  # whether its input is known to be finite
 
-    def __init__(self, integers: Integers):
+    def __init__(self, layer: QuantLayer, weights: tuple, inputs: tuple, shift: Tensor):
         super().__init__()
-        for name, value in integers._asdict().items():
-            if isinstance(value, Tensor):
-                self.register_buffer(name, value.clone())
-            else:
-                setattr(self, name, value)
+        self.name, self.conv, self.in_shape = layer.name, layer.conv, layer.in_shape
+        self.w_bits, weight, scale = weights
+        self.a_bits, self.signed, a_step = inputs
+        weight = weight[:, :, None, None] if weight.ndim == 2 else weight
+        tensors = {"weight": weight, "a_step": a_step, "scale": scale, "shift": shift}
+        for key, value in tensors.items():
+            self.register_buffer(key, value.detach().clone())
         self.q_min, self.q_max = integer_range(self.a_bits, self.signed)
-        self.row_sum = float(self.weight.flatten(1).cpu().double().abs().sum(1).max())
+        self.row_sum = float(weight.flatten(1).cpu().double().abs().sum(1).max())
         largest_sum = max(-self.q_min, self.q_max) * self.row_sum
         self.sum_type = torch.float32 if largest_sum < 2**24 else torch.float64
 
-    def freeze(self) -> Integers:
-        return Integers(*(getattr(self, name) for name in Integers._fields))
+    def freeze(self) -> "IntegerLayer":
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.reads_kernel:
@@ -404,14 +374,6 @@ LAYERS = nn.Conv2d, nn.Linear
 NORMS = nn.BatchNorm1d, nn.BatchNorm2d
 
 
-class Traced(NamedTuple):
-    """What one pass shows of a layer."""
-
-    row: Layer
-    in_shape: tuple  # channels, height, width
-    norm: str | None  # the BatchNorm that reads its output
-
-
 def body_of(classifier: nn.Module) -> nn.Module:
     """The module that layers are named in."""
     return classifier.net if isinstance(classifier, Classifier) else classifier
@@ -421,84 +383,82 @@ def body_of(classifier: nn.Module) -> nn.Module:
 def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> list[Layer]:
     """Replace each convolution and linear layer, and the BatchNorm it feeds, by a QuantLayer.
 
-    All start at 32 bits. Shapes are read off one pass of two random square images. If BatchNorms
+    All start at 32 bits. Shapes are read off one pass of random square images. If BatchNorms
     do not follow layers (pre-activation networks), all stay float. quantizer: a class as LSQ.
     Returns the layer table. Raises ValueError, which names the layer, and leaves the network as
     it was, unless each layer runs exactly once, nothing else has weights, and 32 bits compute
     what the float network did."""
     for name, module in classifier.named_modules():
         check_weights(name, module)
-    body, parameter = body_of(classifier), next(classifier.parameters())
+    parameter = next(classifier.parameters())
     is_float32 = parameter.dtype == torch.float32
     require(is_float32, f"the network is in {parameter.dtype}; call its float() first")
-    first = next(module for module in body.modules() if isinstance(module, LAYERS))
+    first = next(module for module in classifier.modules() if isinstance(module, LAYERS))
     channels = getattr(first, "in_channels", 3)
     probe = torch.rand(2, channels, image_size, image_size, device=parameter.device)
     expected, layers = trace(copy.deepcopy(classifier).eval(), probe)
-    unfolded = [layer._replace(norm=None) for layer in layers]
-    for layers in (layers, unfolded):
+    without_norms = [(row, in_shape, None) for row, in_shape, _ in layers]
+    for layers in (layers, without_norms):
         trial = copy.deepcopy(classifier).eval()
         replace_layers(trial, layers, quantizer)
         if torch.equal(trial(probe), expected):
             replace_layers(classifier, layers, quantizer)
-            return [layer.row for layer in layers]
+            return [row for row, *_ in layers]
     raise ValueError("with QuantLayers the network computes something else; has it hooks?")
 
 
 def check_weights(name: str, module: nn.Module) -> None:
     """Raises ValueError for weights that no QuantLayer stands for."""
+    title = f"layer {name}, {type(module).__name__},"
     if isinstance(module, LAYERS):
-        own = "weight" in module._parameters
-        require(own, f"layer {name} has a parametrized weight; remove the parametrization")
-        usual = type(module).forward in [layer.forward for layer in LAYERS]
-        require(usual, f"layer {name}, {type(module).__name__}, has a forward of its own")
-        mode = getattr(module, "padding_mode", "zeros")
-        require(mode == "zeros", f"layer {name} pads with {mode!r}, not with zeros")
-        return
-    vectors = all(p.numel() <= max(p.shape, default=1) for p in module.parameters(False))
-    message = f"layer {name}, {type(module).__name__}, has weights that cannot be quantized"
-    require(vectors, f"{message}; Conv2d's and Linear's can")
+        plain = "weight" in module._parameters
+        plain &= type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
+        plain &= getattr(module, "padding_mode", "zeros") == "zeros"
+        require(plain, f"{title} has a parametrized weight, a forward or a padding of its own")
+    else:
+        vectors = all(p.numel() <= max(p.shape, default=1) for p in module.parameters(False))
+        require(vectors, f"{title} has weights that are not Conv2d's or Linear's")
 
 
-def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[Traced]]:
-    """The logits of a probe (2, C, H, W), and the layers in order of execution."""
-    body = body_of(classifier)
+def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
+    """The logits of a probe (2, C, H, W). Of each layer, in order of execution: its row, the
+    shape of its input, the name of the BatchNorm that reads its output."""
+    body, calls = body_of(classifier), []
     names = {module: name for name, module in body.named_modules()}
-    everything = [module for _, module in body.named_modules(remove_duplicate=False)]
-    layers = [module for module in names if isinstance(module, LAYERS)]
-    norms = [m for m in names if isinstance(m, NORMS) and m.affine and m.track_running_stats]
-    calls = []
-    for module in layers + norms:
-        module.register_forward_hook(lambda module, xs, out: calls.append((module, xs, out)))
+
+    def keep(module, inputs, out):
+        by_position = len(inputs) == 1 and isinstance(inputs[0], Tensor)
+        require(by_position, f"layer {names[module]} is called by keyword or without a tensor")
+        calls.append((module, inputs[0], out))
+
+    for module in names:
+        if isinstance(module, LAYERS + NORMS):
+            module.register_forward_hook(keep)
     logits = classifier(probe)
-    is_tensor = isinstance(logits, Tensor)
-    require(is_tensor, f"the network returns a {type(logits).__name__}, not logits")
+    is_logits = isinstance(logits, Tensor) and logits.ndim == 2 == len(logits)
+    require(is_logits, f"the network returns a {type(logits).__name__}, not (B, classes)")
     finite = logits.isfinite().all()
     require(finite, "the network's logits are not finite: check its normalisation")
     called = [module for module, *_ in calls]
-    for layer in layers:
-        times = called.count(layer)
-        runs = f"layer {names[layer]} runs {times} times in a pass, not once"
-        require(times == 1, f"{runs} (if never: torchvision has aux_logits=False for that)")
-        once = everything.count(layer) == 1
-        require(once, f"layer {names[layer]} has a second name; register it once")
-    readers = {id(xs[0]): names[norm] for norm, xs, _ in calls if xs and norm in norms}
-    traced = []
-    for module, xs, out in calls:
-        if module in layers:
-            row = layer_row(names[module], module, xs, out)
-            in_shape = (*xs[0].shape[1:], 1, 1)[:3]
-            traced.append(Traced(row, in_shape, readers.get(id(out))))
-    return logits, traced
+    for name, module in body.named_modules(remove_duplicate=False):
+        if isinstance(module, LAYERS):
+            times = called.count(module)
+            runs = f"layer {name} runs {times} times in a pass, not once"
+            require(times == 1, f"{runs} (never: torchvision has aux_logits=False for that)")
+            require(name == names[module], f"layer {name} has a second name, {names[module]}")
+    norms, layers = {}, []
+    for module, x, out in calls:
+        if isinstance(module, LAYERS):
+            row = layer_row(names[module], module, tuple(x.shape), out)
+            layers.append((row, (*x.shape[1:], 1, 1)[:3], id(out)))
+        elif module.affine and module.track_running_stats:
+            norms[id(x)] = names[module]
+    return logits, [(row, in_shape, norms.get(out)) for row, in_shape, out in layers]
 
 
-def layer_row(name: str, module: nn.Module, inputs: tuple, out: Tensor) -> Layer:
-    """The row of a layer that was called with these positional inputs on two images."""
-    tensor = len(inputs) == 1 and isinstance(inputs[0], Tensor)
-    require(tensor, f"layer {name} is called by keyword; call it with one tensor")
-    shape = tuple(inputs[0].shape)
-    axes = 2 if isinstance(module, nn.Linear) else 4
-    batch = len(shape) == axes and shape[0] == 2
+def layer_row(name: str, module: nn.Module, shape: tuple, out: Tensor) -> Layer:
+    """The row of a layer whose input has this shape."""
+    batch = len(shape) == (2 if isinstance(module, nn.Linear) else 4) and shape[0] == 2
     require(batch, f"layer {name} is on {shape}, not on (B, features) or (B, C, H, W)")
     kernel = stride = map_size = 1
     if isinstance(module, nn.Conv2d):
@@ -510,7 +470,7 @@ def layer_row(name: str, module: nn.Module, inputs: tuple, out: Tensor) -> Layer
     return Layer(name, shape[1], out.shape[1], *side, weights, macs, depthwise)
 
 
-def replace_layers(classifier: nn.Module, layers: list[Traced], quantizer) -> None:
+def replace_layers(classifier: nn.Module, layers: list[tuple], quantizer) -> None:
     """Put QuantLayers in place, in the mode and on the device of the layers before."""
     body = body_of(classifier)
     for row, in_shape, norm_name in layers:
@@ -563,12 +523,11 @@ def set_policy(classifier: nn.Module, policy: Policy) -> None:
 def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65536) -> None:
     """Find, on the float network, initial steps for each bit-width; which inputs are signed.
 
-    batches: images (B, 3, H, W) as the network will see them, noise included; how they are
-    split matters only to the draws. Steps have the least squared error on weights and on about
-    `values` inputs per layer, drawn at random, seeded; inputs never below 0 are unsigned.
-    Leaves 32 bits. ValueError, which names the layer, for inputs that are not finite."""
-    layers = live_layers(classifier).values()
-    images = sum(map(len, batches))
+    batches: images (B, 3, H, W) as the network will see them, noise included, split anyhow.
+    Steps have the least squared error on weights and on about `values` inputs per layer, drawn
+    at random, seeded; inputs never below 0 are unsigned. Leaves 32 bits. Raises ValueError,
+    which names the layer, for inputs that are not finite."""
+    layers, images = live_layers(classifier).values(), sum(map(len, batches))
     seen: dict[QuantLayer, list[Tensor]] = {layer: [] for layer in layers}
     generators = {layer: torch.Generator().manual_seed(0) for layer in layers}
 
@@ -583,16 +542,13 @@ def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65
         seen[layer].append(flat.clone())
 
     classifier.eval()
-    for layer in layers:
-        layer.set_bits(FLOAT_BITS, FLOAT_BITS)
-        layer.input_quantizer.signed.fill_(False)
-    hooks = [layer.register_forward_pre_hook(keep) for layer in layers]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            layer.set_bits(FLOAT_BITS, FLOAT_BITS)
+            layer.input_quantizer.signed.fill_(False)
+            hooks.enter_context(layer.register_forward_pre_hook(keep))
         for batch in batches:
             classifier(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
     for layer in layers:
         layer.input_quantizer.observe(torch.cat(seen[layer])[None])
         layer.weight_quantizer.observe(layer.weight.flatten(1))
@@ -639,74 +595,46 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
     """The network as it is evaluated and certified: a frozen copy, in evaluation mode.
 
     Every quantized layer runs on the first of `backends` whose sums are exact for it at batches
-    of `batch`, by which GPUs choose kernels; layers of 32 bits stay. Two backends give the same
-    integers up to rounding ties, where float error decides. `network.backend` names what runs.
-    Raises ValueError, which names the layer, if no sums are exact or a layer is not finite; so
-    does the network for inputs that are not finite."""
-    integers = hasattr(classifier, "backend")
-    require(
-        not integers, "this is an integer network; give what quantize_model or load_model made"
-    )
-    network = freeze_layers(classifier, batch, backends)
-    if can_be_fused(body_of(network)):
-        generator = torch.Generator().manual_seed(0)
-        x = torch.rand(8, *body_of(network).conv1.in_shape, generator=generator)
-        x += 0.25 * torch.randn(x.shape, generator=generator)
-        expected = network(x)
-        fuse_blocks(body_of(network))
-        if not agree_but_for_ties(network(x), expected):
-            network = freeze_layers(classifier, batch, backends)
-    layers = quant_layers(network).values()
-    used = {layer.backend for layer in layers if isinstance(layer, IntegerLayer)}
-    network.backend = "+".join(sorted(used, reverse=True)) or "float"
-    return network
-
-
-def freeze_layers(classifier: nn.Module, batch: int, backends) -> nn.Module:
-    """A copy with an exact IntegerLayer for every layer of fewer than 32 bits."""
-    network = copy.deepcopy(classifier).eval()
-    classes = {"int8": Int8Layer, "float32": IntegerLayer}
+    of `batch`, by which GPUs choose kernels; layers of 32 bits stay. Backends give the same
+    integers up to rounding ties. `network.backend` names what runs. Raises ValueError, which
+    names the layer, if no sums are exact or its numbers are not finite; so does the network
+    for inputs that are not finite."""
+    frozen = hasattr(classifier, "backend")
+    require(not frozen, "integer_network made this network: give what it was made of")
+    network, used = copy.deepcopy(classifier), set()
     for name, layer in quant_layers(network).items():
         if layer.w_bits == FLOAT_BITS:
             continue
-        integers = layer.freeze()
-        largest = integers.scale.abs() * 2.0**31 + integers.shift.abs()
-        finite = (largest < LARGEST).all()
-        require(finite, f"layer {name}: its weights or its BatchNorm are not finite")
         require(not is_hooked(layer), f"layer {name} has hooks that its integers would lose")
-        tried = (exact_layer(classes[backend], integers, batch) for backend in backends)
-        frozen = next((layer for layer in tried if layer is not None), None)
+        layer = layer.freeze()
+        finite = layer.scale.abs() * 2.0**31 + layer.shift.abs() < LARGEST
+        require(finite.all(), f"layer {name}: its weights or its BatchNorm are not finite")
+        exact = [backend for backend in backends if has_exact_sums(layer, backend, batch)]
         reason = "no sums are exact here, or memory is short; use --device cpu"
-        require(frozen is not None, f"layer {name}: {reason}")
-        body_of(network).set_submodule(name, frozen)
+        require(exact, f"layer {name}: {reason}")
+        body_of(network).set_submodule(name, BACKENDS[exact[0]](layer))
+        used.add(exact[0])
+    network.backend = "+".join(sorted(used, reverse=True)) or "float"
+    fuse_blocks(network.eval())
     return network.eval()
 
 
-def exact_layer(layer_class: type, integers: Integers, batch: int) -> IntegerLayer | None:
-    """A layer of this class if its sums are those of integers, for random and extreme inputs.
+def has_exact_sums(layer: IntegerLayer, backend: str, batch: int) -> bool:
+    """Whether random and extreme inputs give the sums of integers.
     Processors without VNNI saturate the sum of two products; the largest inputs show that."""
     generator = torch.Generator().manual_seed(0)
-    q_min, q_max = integer_range(integers.a_bits, integers.signed)
-    q = torch.randint(q_min, q_max + 1, (2, *integers.in_shape), generator=generator)
-    half = (integers.in_shape[1] + 1) // 2
-    q[1, :, half:] = q_min
-    q[1, :, :half] = q_max
-    exact = F.conv2d(q.double(), integers.weight.cpu().double(), **integers.conv).float()
-    device, copies = integers.weight.device, (max(1, batch // 2), 1, 1, 1)
+    q = torch.randint(layer.q_min, layer.q_max + 1, (2, *layer.in_shape), generator=generator)
+    half = (layer.in_shape[1] + 1) // 2
+    q[1, :, half:] = layer.q_min
+    q[1, :, :half] = layer.q_max
+    exact = F.conv2d(q.double(), layer.weight.cpu().double(), **layer.conv).float()
+    device, copies = layer.weight.device, (max(1, batch // 2), 1, 1, 1)
     many = q.float().to(device).repeat(copies).contiguous(memory_format=torch.channels_last)
     try:
-        layer = layer_class(integers)
-        same = torch.equal(layer.accumulate(many), exact.to(device).repeat(copies))
+        sums = BACKENDS[backend](layer).accumulate(many)
     except (RuntimeError, ValueError, TypeError, AttributeError):  # not on this device or torch
-        return None
-    return layer if same else None
-
-
-def agree_but_for_ties(logits: Tensor, expected: Tensor) -> bool:
-    """Whether most images have the same logits (B, classes), within float error. Float error
-    crosses a rounding tie in few images; a wrong network is wrong in most."""
-    same = (logits - expected).abs().amax(1) <= 1e-4 * expected.abs().max()
-    return bool(same.float().mean() > 0.5)
+        return False
+    return torch.equal(sums, exact.to(device).repeat(copies))
 
 
 # ---- saved networks ----
@@ -804,9 +732,8 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
         weight = weight.view(*layer.weight.shape[:2], row.kernel, -1)
         floats = torch.frombuffer(bytearray(data[size:]), dtype=torch.float32, count=count)
         scale, shift = floats[1:].split(row.c_out)
-        operands = weight, floats[0], scale, shift, w_bits, a_bits, bool(signed)
-        integers = Integers(row.name, *operands, layer.conv, layer.in_shape)
-        classifier.net.set_submodule(row.name, IntegerLayer(integers))
+        operands = (w_bits, weight, scale), (a_bits, bool(signed), floats[0])
+        classifier.net.set_submodule(row.name, IntegerLayer(layer, *operands, shift))
         data = data[size + 4 * count :]
     norms = {name: torch.tensor(value) for name, value in saved.get("float", {}).items()}
     differ = sorted(norms.keys() ^ float_tensors(classifier, table).keys())
@@ -822,25 +749,23 @@ warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 
 
 class Int8Layer(IntegerLayer):
-    """The same integers on oneDNN: inputs are floats, or uint8 with zero point -q_min."""
+    """The same integers on oneDNN: inputs are floats, or uint8 with zero point -q_min.
+    After the sums a ReLU; out come floats, or the integers of an int8 layer that reads them."""
 
     backend = "int8"
 
-    def __init__(self, integers: Integers):
-        super().__init__(integers)
+    def __init__(self, layer: IntegerLayer, relu: bool = False, reader=None):
+        nn.Module.__init__(self)
+        vars(self).update(vars(layer))
         require(self.weight.device.type == "cpu", "int8 layers run on CPUs")
         largest_sum = (self.q_max - self.q_min) * self.row_sum  # with the zero point
         require(largest_sum < 2**31, "int8 layers add up in 32 bits")
-        places = [list(self.conv[name]) for name in ("stride", "padding", "dilation")]
+        places = [list(self.conv[key]) for key in ("stride", "padding", "dilation")]
         self.settings = *places, self.conv["groups"]
         self.step, self.ones = float(self.a_step), torch.ones(len(self.weight))
         self.zero_points = torch.zeros(len(self.weight), dtype=torch.int64)
         prepack = torch.ops.onednn.qconv_prepack
         self.packed = prepack(self.weight, self.ones, 1.0, -self.q_min, *self.settings)
-        self.then()
-
-    def then(self, relu: bool = False, reader: "Int8Layer | None" = None) -> None:
-        """Fix what follows the sums: a ReLU; floats, or the integers of a layer that reads."""
         self.relu = "relu" if relu else "none"
         self.epilogue, self.limits = (self.scale, self.shift), None
         self.output = 0, torch.float32  # zero point, type
@@ -860,13 +785,14 @@ class Int8Layer(IntegerLayer):
                 check_input(self.name, x)
             q = self._to_uint8(x, self.step)
         q = q[:, :, None, None] if x.ndim == 2 else q
-        out = self._convolve(q, *self.epilogue, residual, self.relu, *self.output)
+        out = self._convolve(q, self.epilogue, self.relu, self.output, residual)
         if self.limits:
             out.clamp_(*self.limits)
         return out.flatten(1) if x.ndim == 2 else out
 
     def accumulate(self, q: Tensor) -> Tensor:
-        return self._convolve(self._to_uint8(q, 1.0), self.ones, None)
+        q = self._to_uint8(q, 1.0)
+        return self._convolve(q, (self.ones, None), "none", (0, torch.float32))
 
     def _to_uint8(self, x: Tensor, step: float) -> Tensor:
         """round(x / step) - q_min, clipped: one pass, four times as fast as a division."""
@@ -875,20 +801,21 @@ class Int8Layer(IntegerLayer):
         q.set_(packed.untyped_storage(), 0, packed.shape, packed.stride())  # its bytes, no copy
         return q.clamp_(max=self.q_max - self.q_min)
 
-    def _convolve(
-        self, q, scale, shift, residual=None, relu="none", zero=0, dtype=torch.float32
-    ):
-        op = torch.ops.onednn.qconv2d_pointwise
+    def _convolve(self, q, epilogue, relu: str, output: tuple, residual=None) -> Tensor:
+        op, (scale, shift) = torch.ops.onednn.qconv2d_pointwise, epilogue
         operands = q, 1.0, -self.q_min, self.packed, scale, self.zero_points
-        output = shift, *self.settings, 1.0, zero, dtype
+        results = shift, *self.settings, 1.0, *output
         if residual is None:
-            return op(*operands, *output, relu, [], "")
+            return op(*operands, *results, relu, [], "")
         # laid out as the kernel's output
         residual = residual.contiguous(memory_format=torch.channels_last)
-        return op.binary(*operands, residual, *output, 1.0, 0, "sum", 1.0, relu, [], "")
+        return op.binary(*operands, residual, *results, 1.0, 0, "sum", 1.0, relu, [], "")
 
     def __reduce_ex__(self, protocol):
         raise ValueError("int8 layers are neither pickled nor copied; pack_model saves them")
+
+
+BACKENDS = {"int8": Int8Layer, "float32": IntegerLayer.freeze}
 
 
 class FusedBlock(nn.Module):
@@ -897,12 +824,10 @@ class FusedBlock(nn.Module):
 
     def __init__(self, block: BasicBlock, reads_kernel: bool):
         super().__init__()
-        self.conv1, self.conv2, self.downsample = block.conv1, block.conv2, block.downsample
-        self.conv1.then(relu=True, reader=self.conv2)
-        self.conv2.then(relu=True)
-        for layer in quant_layers(self).values():
-            layer.reads_kernel = True
-        self.conv1.reads_kernel = reads_kernel  # else it checks x for all
+        self.conv1 = Int8Layer(block.conv1, relu=True, reader=block.conv2)
+        self.conv2 = Int8Layer(block.conv2, relu=True)
+        self.conv1.reads_kernel = reads_kernel
+        self.downsample = block.downsample
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.conv1(x)
@@ -911,28 +836,37 @@ class FusedBlock(nn.Module):
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether a pass does more than the class of some part says."""
-    for part in module.modules():
-        if part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part):
-            return True
-    return False
+    hooks = [m._forward_hooks or m._forward_pre_hooks for m in module.modules()]
+    return any(hooks) or any("forward" in vars(m) for m in module.modules())
 
 
-def can_be_fused(body: nn.Module) -> bool:
-    return type(body) is CifarResNet and not is_hooked(body)
-
-
-def fuse_blocks(body: CifarResNet) -> None:
-    """The first ReLU and the blocks of int8 layers, in order of execution, in place."""
-    reads_kernel = False  # whose outputs are finite
-    if isinstance(body.conv1, Int8Layer) and type(body.bn1) is nn.Identity:
-        body.conv1.then(relu=True)
-        body.relu = nn.Identity()
-        reads_kernel = True
-    for name, block in list(body.named_modules()):
+def fuse_blocks(network: nn.Module) -> None:
+    """Fuse a CifarResNet's first ReLU and its blocks of int8 layers, in place, unless that
+    changes the logits of noisy random images. Float error crosses a rounding tie in few
+    images; a wrong network is wrong in most."""
+    body, fused = body_of(network), {}
+    if type(body) is not CifarResNet or is_hooked(body):
+        return
+    reads_kernel = isinstance(body.conv1, Int8Layer) and type(body.bn1) is nn.Identity
+    if reads_kernel and type(body.relu) is nn.ReLU:
+        fused = {"conv1": Int8Layer(body.conv1, relu=True), "relu": nn.Identity()}
+    for name, block in body.named_modules():  # in order of execution
         if type(block) is BasicBlock:
             on_int8 = {type(block.conv1), type(block.conv2)} == {Int8Layer}
             folded = {type(block.bn1), type(block.bn2)} == {nn.Identity}
-            fused = on_int8 and folded and type(block.relu) is nn.ReLU
-            if fused:
-                body.set_submodule(name, FusedBlock(block, reads_kernel))
-            reads_kernel = fused
+            if on_int8 and folded and type(block.relu) is nn.ReLU:
+                fused[name] = FusedBlock(block, reads_kernel)
+            reads_kernel = name in fused
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(8, *body.conv1.in_shape, generator=generator)
+    x += 0.25 * torch.randn(x.shape, generator=generator)
+    layered = {name: body.get_submodule(name) for name in fused}
+    logits = []
+    for modules in (layered, fused):
+        for name, module in modules.items():
+            body.set_submodule(name, module)
+        logits.append(network(x.to(body.fc.weight.device)))
+    changed = (logits[1] - logits[0]).abs().amax(1) > 1e-4 * logits[0].abs().max()
+    if changed.float().mean() >= 0.5:
+        for name, module in layered.items():
+            body.set_submodule(name, module)
