@@ -120,34 +120,29 @@ def build_classifier(arch: str, num_classes: int, mean=None, std=None) -> Classi
 def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
     """A float Classifier from a state dict, bare or under state_dict, net or model.
 
-    A prefix that all names share is dropped. `mean` and `std` are those of a normalisation in
-    front, of pixels in [0, 1]; a last layer `linear` and shortcuts `shortcut` are renamed.
-    Raises ValueError for other files, which names the missing or unexpected tensors."""
+    A Classifier's own is taken as it is. Of a network's, a prefix that all names share is
+    dropped; a last layer `linear` and shortcuts `shortcut` are renamed. Raises ValueError for
+    other files, which names the missing or unexpected tensors."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types for files that are no checkpoints
+    except Exception as error:  # torch.load raises many types
         reason = (str(error) or "it is empty").splitlines()[0][:80]
-        message = f"{path}: not a PyTorch checkpoint of tensors and plain values ({reason})"
-        raise ValueError(message) from None
+        message = f"{path}: not a PyTorch checkpoint of tensors and plain values"
+        raise ValueError(f"{message} ({reason})") from None
     for key in ("state_dict", "net", "model"):
         state = state.get(key, state) if isinstance(state, dict) else {}
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
     is_state = state and others == [] and isinstance(next(iter(state)), str)
     require(is_state, f"{path} holds {(others or [*state])[:6]}, not tensors by name")
-    ends = {name: name.rpartition(".")[2] for name in state}
-    names = [name for name in state if ends[name] in ("mean", "std")]
-    numbers = {ends[name]: state[name].flatten().tolist() for name in names}
-    pair = len(names) == len(numbers) != 1 and {len(v) for v in numbers.values()} <= {1, 3}
-    require(pair, f"{path}: {names} are no mean and standard deviation of channels")
-    state = {name: value for name, value in state.items() if name not in names}
-    classifier = build_classifier(arch, num_classes, **numbers)
-    if state.keys() != classifier.net.state_dict().keys():
+    classifier = build_classifier(arch, num_classes)
+    target = classifier if "mean" in state else classifier.net
+    if state.keys() != target.state_dict().keys():
         prefix = os.path.commonprefix([*state]).rfind(".") + 1
         state = {name[prefix:]: value for name, value in state.items()}
         for theirs, ours in (("linear.", "fc."), (".shortcut.", ".downsample.")):
             state = {name.replace(theirs, ours): value for name, value in state.items()}
     try:
-        classifier.net.load_state_dict(state)
+        target.load_state_dict(state)
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         message = f"{path} holds no {arch} with {num_classes} classes"
@@ -423,13 +418,20 @@ def check_weights(name: str, module: nn.Module) -> None:
 def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
     """The logits of a probe (2, C, H, W). Of each layer, in order of execution: its row, the
     shape of its input, the name of the BatchNorm that reads its output."""
-    body, calls = body_of(classifier), []
+    body = body_of(classifier)
     names = {module: name for name, module in body.named_modules()}
+    layers, outputs, norms = [], [], {}
 
     def keep(module, inputs, out):
+        name = names[module]
         by_position = len(inputs) == 1 and isinstance(inputs[0], Tensor)
-        require(by_position, f"layer {names[module]} is called by keyword or without a tensor")
-        calls.append((module, inputs[0], out))
+        require(by_position, f"layer {name} is called by keyword or without a tensor")
+        if isinstance(module, LAYERS):
+            in_shape = (*inputs[0].shape[1:], 1, 1)[:3]
+            layers.append((layer_row(name, module, inputs[0], out), in_shape))
+            outputs.append(out)
+        elif module.affine and module.track_running_stats:
+            norms[id(inputs[0])] = name
 
     for module in names:
         if isinstance(module, LAYERS + NORMS):
@@ -439,34 +441,27 @@ def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
     require(is_logits, f"the network returns a {type(logits).__name__}, not (B, classes)")
     finite = logits.isfinite().all()
     require(finite, "the network's logits are not finite: check its normalisation")
-    called = [module for module, *_ in calls]
+    called = [row.name for row, _ in layers]
     for name, module in body.named_modules(remove_duplicate=False):
         if isinstance(module, LAYERS):
-            times = called.count(module)
+            times = called.count(names[module])
             runs = f"layer {name} runs {times} times in a pass, not once"
             require(times == 1, f"{runs} (never: torchvision has aux_logits=False for that)")
             require(name == names[module], f"layer {name} has a second name, {names[module]}")
-    norms, layers = {}, []
-    for module, x, out in calls:
-        if isinstance(module, LAYERS):
-            row = layer_row(names[module], module, tuple(x.shape), out)
-            layers.append((row, (*x.shape[1:], 1, 1)[:3], id(out)))
-        elif module.affine and module.track_running_stats:
-            norms[id(x)] = names[module]
-    return logits, [(row, in_shape, norms.get(out)) for row, in_shape, out in layers]
+    return logits, [(*layer, norms.get(id(out))) for layer, out in zip(layers, outputs)]
 
 
-def layer_row(name: str, module: nn.Module, shape: tuple, out: Tensor) -> Layer:
-    """The row of a layer whose input has this shape."""
-    batch = len(shape) == (2 if isinstance(module, nn.Linear) else 4) and shape[0] == 2
+def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> Layer:
+    """The row of a layer that made out of x."""
+    batch = x.ndim == (2 if isinstance(module, nn.Linear) else 4) and len(x) == 2
+    shape = tuple(x.shape)
     require(batch, f"layer {name} is on {shape}, not on (B, features) or (B, C, H, W)")
-    kernel = stride = map_size = 1
+    side = 1, 1, 1  # kernel, stride, map
     if isinstance(module, nn.Conv2d):
-        kernel, stride, map_size = module.kernel_size[0], module.stride[0], shape[-1]
+        side = module.kernel_size[0], module.stride[0], shape[-1]
     weights = module.weight.numel()
     macs = weights * out[0, 0].numel()  # weights times output positions
     depthwise = getattr(module, "groups", 1) == shape[1] > 1
-    side = kernel, stride, map_size
     return Layer(name, shape[1], out.shape[1], *side, weights, macs, depthwise)
 
 
@@ -528,8 +523,8 @@ def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65
     at random, seeded; inputs never below 0 are unsigned. Leaves 32 bits. Raises ValueError,
     which names the layer, for inputs that are not finite."""
     layers, images = live_layers(classifier).values(), sum(map(len, batches))
-    seen: dict[QuantLayer, list[Tensor]] = {layer: [] for layer in layers}
-    generators = {layer: torch.Generator().manual_seed(0) for layer in layers}
+    seen = {layer: [] for layer in layers}
+    generator = torch.Generator().manual_seed(0)
 
     def keep(layer, inputs):
         check_input(layer.name, inputs[0])
@@ -537,7 +532,7 @@ def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65
         layer.input_quantizer.signed |= (flat < 0).any()
         count = math.ceil(values * len(inputs[0]) / images)
         if count < len(flat):
-            drawn = torch.randint(len(flat), (count,), generator=generators[layer])
+            drawn = torch.randint(len(flat), (count,), generator=generator)
             flat = flat[drawn.to(flat.device)]
         seen[layer].append(flat.clone())
 
@@ -609,11 +604,11 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
         layer = layer.freeze()
         finite = layer.scale.abs() * 2.0**31 + layer.shift.abs() < LARGEST
         require(finite.all(), f"layer {name}: its weights or its BatchNorm are not finite")
-        exact = [backend for backend in backends if has_exact_sums(layer, backend, batch)]
+        backend = next((b for b in backends if has_exact_sums(layer, b, batch)), None)
         reason = "no sums are exact here, or memory is short; use --device cpu"
-        require(exact, f"layer {name}: {reason}")
-        body_of(network).set_submodule(name, BACKENDS[exact[0]](layer))
-        used.add(exact[0])
+        require(backend, f"layer {name}: {reason}")
+        body_of(network).set_submodule(name, BACKENDS[backend](layer))
+        used.add(backend)
     network.backend = "+".join(sorted(used, reverse=True)) or "float"
     fuse_blocks(network.eval())
     return network.eval()
@@ -675,9 +670,10 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
     SHA-256 of that."""
     missing = {"arch", "image_size", "sigma", "dataset", "classes"} - description.keys()
     require(len(missing) == 0, f"the description of the network lacks {sorted(missing)}")
-    arch, whole = description["arch"], isinstance(classifier, Classifier)
+    arch, given = description["arch"], type(classifier).__name__
     require(arch in NETWORKS, f"NETWORKS has no {arch!r}: no program could load the file")
-    require(whole, f"a Classifier is packed, not a {type(classifier).__name__} without its net")
+    is_whole = isinstance(classifier, Classifier)
+    require(is_whole, f"a Classifier is packed, not a {given} without its net")
     all_named = len(description["classes"]) == table[-1].c_out
     require(all_named, "the description names more or fewer classes")
     frozen = [quant_layers(classifier)[row.name].freeze() for row in table]
@@ -719,13 +715,11 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
     saved, data = packed
     if saved.get("option_a"):
         raise ValueError(f"{path} has shortcuts without weights: nothing runs them any more")
-    num_classes = len(saved["classes"])
-    normalisation = saved["mean"], saved["std"]
-    classifier = build_classifier(saved["arch"], num_classes, *normalisation)
+    numbers = len(saved["classes"]), saved["mean"], saved["std"]
+    classifier = build_classifier(saved["arch"], *numbers)
     table = quantize_model(classifier, saved["image_size"])
-    for row, (w_bits, a_bits), signed in zip(
-        table, saved["policy"], saved["signed"], strict=True
-    ):
+    rows = zip(table, saved["policy"], saved["signed"], strict=True)
+    for row, (w_bits, a_bits), signed in rows:
         layer = quant_layers(classifier)[row.name]
         size, count = math.ceil(row.weights * w_bits / 8), 1 + 2 * row.c_out
         weight = unpack_bits(data[:size], row.weights, w_bits)
@@ -847,26 +841,25 @@ def fuse_blocks(network: nn.Module) -> None:
     body, fused = body_of(network), {}
     if type(body) is not CifarResNet or is_hooked(body):
         return
-    reads_kernel = isinstance(body.conv1, Int8Layer) and type(body.bn1) is nn.Identity
-    if reads_kernel and type(body.relu) is nn.ReLU:
+    types = type(body.conv1), type(body.bn1), type(body.relu)
+    reads_kernel = types == (Int8Layer, nn.Identity, nn.ReLU)
+    if reads_kernel:
         fused = {"conv1": Int8Layer(body.conv1, relu=True), "relu": nn.Identity()}
     for name, block in body.named_modules():  # in order of execution
         if type(block) is BasicBlock:
-            on_int8 = {type(block.conv1), type(block.conv2)} == {Int8Layer}
-            folded = {type(block.bn1), type(block.bn2)} == {nn.Identity}
-            if on_int8 and folded and type(block.relu) is nn.ReLU:
+            types = {type(block.conv1), type(block.conv2)}
+            types |= {type(block.bn1), type(block.bn2), type(block.relu)}
+            if types == {Int8Layer, nn.Identity, nn.ReLU}:
                 fused[name] = FusedBlock(block, reads_kernel)
             reads_kernel = name in fused
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(8, *body.conv1.in_shape, generator=generator)
     x += 0.25 * torch.randn(x.shape, generator=generator)
-    layered = {name: body.get_submodule(name) for name in fused}
-    logits = []
-    for modules in (layered, fused):
-        for name, module in modules.items():
-            body.set_submodule(name, module)
-        logits.append(network(x.to(body.fc.weight.device)))
-    changed = (logits[1] - logits[0]).abs().amax(1) > 1e-4 * logits[0].abs().max()
+    x = x.to(body.fc.weight.device)
+    layered, expected = {name: body.get_submodule(name) for name in fused}, network(x)
+    for name, module in fused.items():
+        body.set_submodule(name, module)
+    changed = (network(x) - expected).abs().amax(1) > 1e-4 * expected.abs().max()
     if changed.float().mean() >= 0.5:
         for name, module in layered.items():
             body.set_submodule(name, module)

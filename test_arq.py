@@ -1312,12 +1312,11 @@ def test_public_checkpoint_layouts(tmp_path):
         logits({key: state[key] for key in state if key != "fc.bias"})
     cases = {
         "checkpoint of tensors": {"args": argparse.Namespace(lr=0.1), "state_dict": state},
-        r"\['state_dict', 'epoch'\], not tensors": {"state_dict": None, "epoch": 3},
+        "not tensors": {"state_dict": None, "epoch": 3},
         r"\['epoch'\], not tensors by name": state | {"epoch": 3},
-        r"\[\], not tensors": [state],
+        r"\[\], not tensors by": [state],
         r"\[0\], not tensors": {0: x},
-        "0.mean.* no mean and": {"0.mean": x[0, :, 0, 0]} | state,
-        "mean.*std.* no mean and": {"mean": x[0], "std": x[1]} | state,
+        "no resnet20 .*std": {"mean": x[0]} | state,
     }
     for words, saved in cases.items():
         with pytest.raises(ValueError, match=f"c.pt.*{words}"):
