@@ -820,8 +820,10 @@ class FusedBlock(nn.Module):
         super().__init__()
         self.conv1 = Int8Layer(block.conv1, relu=True, reader=block.conv2)
         self.conv2 = Int8Layer(block.conv2, relu=True)
-        self.conv1.reads_kernel = reads_kernel
         self.downsample = block.downsample
+        for layer in quant_layers(self).values():
+            layer.reads_kernel = True  # conv1 checks x for all
+        self.conv1.reads_kernel = reads_kernel
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.conv1(x)
