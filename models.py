@@ -99,7 +99,7 @@ class Classifier(nn.Module):
         return self.net((x - self.mean) / self.std)
 
 
-# Another network is another line: a constructor with num_classes, its usual normalisation.
+# Another network is another line: a constructor with num_classes, its normalisation.
 NETWORKS = {
     "resnet18": (torchvision.models.resnet18, IMAGENET),
     "resnet50": (torchvision.models.resnet50, IMAGENET),
@@ -120,15 +120,13 @@ def build_classifier(arch: str, num_classes: int, mean=None, std=None) -> Classi
 def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
     """A float Classifier from a state dict, bare or under state_dict, net or model.
 
-    A Classifier's own is taken as it is. Of a network's, a prefix that all names share is
-    dropped; a last layer `linear` and shortcuts `shortcut` are renamed. Raises ValueError for
-    other files, which names the missing or unexpected tensors."""
+    A Classifier's is taken as it is. Of a network's, a prefix that all names share is dropped;
+    `linear` and `shortcut` are renamed. ValueError names missing and unexpected tensors."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many types
         reason = (str(error) or "it is empty").splitlines()[0][:80]
-        message = f"{path}: not a PyTorch checkpoint of tensors and plain values"
-        raise ValueError(f"{message} ({reason})") from None
+        raise ValueError(f"{path}: not a checkpoint of tensors ({reason})") from None
     for key in ("state_dict", "net", "model"):
         state = state.get(key, state) if isinstance(state, dict) else {}
     others = [name for name, value in state.items() if not isinstance(value, Tensor)]
@@ -152,11 +150,11 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
 
 # ---- quantizer ----
 def integer_range(bits: int, signed: bool, symmetric: bool = False) -> tuple[int, int]:
-    """[q_min, q_max]: 0..2^b - 1 or -2^(b-1)..2^(b-1) - 1, without the lowest if symmetric."""
+    """[q_min, q_max]: 0..2^b - 1, or -2^(b-1)..2^(b-1) - 1; symmetric: not the lowest."""
     if not signed:
         return 0, 2**bits - 1
     q_max = 2 ** (bits - 1) - 1
-    return (-q_max if symmetric else -q_max - 1), q_max
+    return -q_max - (not symmetric), q_max
 
 
 def quantize(v: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
@@ -186,9 +184,8 @@ class FakeQuantize(torch.autograd.Function):
             q = torch.round(scaled).clamp_(*ctx.range)
             grad_step = (grad * q - grad_v * scaled).sum_to_size(step.shape)
         else:  # the same as dot products, of memory as it lies: no product is kept
-            grad, inside, scaled = [
-                x.movedim(1, -1).reshape(-1) for x in (grad, grad_v, scaled)
-            ]
+            rows = [x.movedim(1, -1).reshape(-1) for x in (grad, grad_v, scaled)]
+            grad, inside, scaled = rows
             grad_step = -inside.dot(scaled) + grad.dot(scaled.round_().clamp_(*ctx.range))
         return grad_v, grad_step * ctx.gradient_scale, None, None, None
 
@@ -209,7 +206,7 @@ def best_step(v: Tensor, q_min: int, q_max: int) -> Tensor:
 class LSQ(nn.Module):
     """The quantizer of one operand: learned step sizes, simulated bits in training.
 
-    channels: of a weight, with a step for each and a symmetric range; None: an input, one step.
+    channels: of a weight, a step for each, a symmetric range; None: an input, one step.
     Another quantizer is a subclass: `initial_step`, `forward`, `integers`; certified is
     step * integers(v)."""
 
@@ -219,7 +216,7 @@ class LSQ(nn.Module):
         super().__init__()
         self.is_weight, self.bits = channels is not None, FLOAT_BITS
         shape = (channels,) if self.is_weight else ()
-        self.register_buffer("signed", torch.tensor(self.is_weight))  # an input's: by calibrate
+        self.register_buffer("signed", torch.tensor(self.is_weight))  # inputs: calibrate
         self.step = nn.Parameter(torch.ones(shape))
         self.register_buffer("initial_steps", torch.zeros(MAX_BITS + 1, *shape))  # by bit-width
 
@@ -251,7 +248,7 @@ class LSQ(nn.Module):
         return quantize(v, self.step_for(v), self.q_min, self.q_max)
 
     def step_for(self, v: Tensor) -> Tensor:
-        """The step, shaped to divide v. Whatever an optimizer made of it, it stays positive."""
+        """The step, shaped to divide v, and kept positive."""
         self.step.data.clamp_(min=1e-6)
         return self.step.view(-1, *[1] * (v.ndim - 1)) if self.is_weight else self.step
 
@@ -269,8 +266,8 @@ def check_input(name: str, x: Tensor) -> None:
 
 
 class QuantLayer(nn.Module):
-    """A convolution or linear layer with its BatchNorm; quantizes its weights and its input.
-    At 32 bits it is the float layer. At fewer it simulates them, with BatchNorm in float."""
+    """A convolution or linear layer with its BatchNorm, quantized weights and input.
+    At 32 bits it is the float layer; at fewer it simulates them, BatchNorm in float."""
 
     def __init__(self, name: str, layer, norm: nn.Module, in_shape: tuple, quantizer=LSQ):
         super().__init__()
@@ -278,7 +275,8 @@ class QuantLayer(nn.Module):
         self.weight, self.bias, self.norm = layer.weight, layer.bias, norm
         self.is_linear = isinstance(layer, nn.Linear)
         self.conv = {key: getattr(layer, key, one) for key, one in AS_CONVOLUTION.items()}
-        self.weight_quantizer, self.input_quantizer = quantizer(len(layer.weight)), quantizer()
+        self.weight_quantizer = quantizer(len(layer.weight))
+        self.input_quantizer = quantizer()
         self.w_bits = self.a_bits = FLOAT_BITS
 
     def set_bits(self, w_bits: int, a_bits: int) -> None:
@@ -299,7 +297,7 @@ class QuantLayer(nn.Module):
         """norm(conv(a, w) + bias), a = s_a q_a, w = s_w q_w: conv(q_a, q_w) * scale + shift."""
         w, a, norm = self.weight_quantizer, self.input_quantizer, self.norm
         quantized = w.bits != FLOAT_BITS
-        require(quantized, "a layer of 32 bits has no integers; keep its state_dict instead")
+        require(quantized, "a layer of 32 bits has no integers; keep its state_dict")
         weight = w.integers(self.weight).to(torch.int8)
         scale = w.step * a.step_for(weight)
         shift = torch.zeros_like(scale) if self.bias is None else self.bias
@@ -311,11 +309,10 @@ class QuantLayer(nn.Module):
 
 
 class IntegerLayer(nn.Module):
-    """A frozen layer in float arithmetic: conv(round(x / a_step), weight) * scale + shift.
+    """A frozen layer in floats: conv(round(x / a_step), weight) * scale + shift.
 
-    weight is int8 (c_out, c_in / groups, h, w), of a linear layer a 1x1 convolution's; a_step
-    (); scale and shift (c_out,); signed says whether the input can be negative. float32 holds
-    integers exactly below 2^24; where sums can get larger, float64 is taken."""
+    weight is int8 (c_out, c_in / groups, h, w), a linear layer's 1x1; a_step (); scale and
+    shift (c_out,). float32 holds integers below 2^24; for larger sums float64 is taken."""
 
     backend = "float32"
     reads_kernel = False  # whether its input is known to be finite
@@ -338,12 +335,13 @@ class IntegerLayer(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 2:
+            return self.forward(x[:, :, None, None]).flatten(1)
         if not self.reads_kernel:
             check_input(self.name, x)
         q = quantize(x, self.a_step, self.q_min, self.q_max)
-        acc = self.accumulate(q[:, :, None, None] if x.ndim == 2 else q)
-        out = torch.addcmul(self.shift[:, None, None], acc, self.scale[:, None, None])
-        return out.flatten(1) if x.ndim == 2 else out
+        scale, shift = self.scale[:, None, None], self.shift[:, None, None]
+        return torch.addcmul(shift, self.accumulate(q), scale)
 
     def accumulate(self, q: Tensor) -> Tensor:
         """conv(q, weight) for integers q given as floats: exact, rounded to float32 once."""
@@ -354,7 +352,7 @@ class IntegerLayer(nn.Module):
 class Layer(NamedTuple):
     """One row of the layer table, which is in order of execution."""
 
-    name: str  # the module's path inside `classifier.net`, or inside the module itself
+    name: str  # the module's path inside `classifier.net`
     c_in: int
     c_out: int
     kernel: int  # of one side, as stride and map_size
@@ -376,18 +374,17 @@ def body_of(classifier: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> list[Layer]:
-    """Replace each convolution and linear layer, and the BatchNorm it feeds, by a QuantLayer.
+    """Put a QuantLayer for each convolution and linear layer, with the BatchNorm it feeds.
 
-    All start at 32 bits. Shapes are read off one pass of random square images. If BatchNorms
-    do not follow layers (pre-activation networks), all stay float. quantizer: a class as LSQ.
-    Returns the layer table. Raises ValueError, which names the layer, and leaves the network as
-    it was, unless each layer runs exactly once, nothing else has weights, and 32 bits compute
-    what the float network did."""
+    All start at 32 bits; BatchNorms that follow no layer stay float. Shapes are read off one
+    pass of random square images. quantizer: a class as LSQ. Returns the layer table. Raises
+    ValueError, which names the layer, and leaves the network as it was, unless each layer
+    runs once, nothing else has weights, and 32 bits compute what the float network did."""
     for name, module in classifier.named_modules():
         check_weights(name, module)
     parameter = next(classifier.parameters())
     is_float32 = parameter.dtype == torch.float32
-    require(is_float32, f"the network is in {parameter.dtype}; call its float() first")
+    require(is_float32, f"the network is in {parameter.dtype}; call float() first")
     first = next(module for module in classifier.modules() if isinstance(module, LAYERS))
     channels = getattr(first, "in_channels", 3)
     probe = torch.rand(2, channels, image_size, image_size, device=parameter.device)
@@ -399,7 +396,7 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
         if torch.equal(trial(probe), expected):
             replace_layers(classifier, layers, quantizer)
             return [row for row, *_ in layers]
-    raise ValueError("with QuantLayers the network computes something else; has it hooks?")
+    raise ValueError("with QuantLayers the network computes something else: hooks?")
 
 
 def check_weights(name: str, module: nn.Module) -> None:
@@ -409,15 +406,15 @@ def check_weights(name: str, module: nn.Module) -> None:
         plain = "weight" in module._parameters
         plain &= type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
         plain &= getattr(module, "padding_mode", "zeros") == "zeros"
-        require(plain, f"{title} has a parametrized weight, a forward or a padding of its own")
+        require(plain, f"{title} has its own forward, padding or parametrized weight")
     else:
         vectors = all(p.numel() <= max(p.shape, default=1) for p in module.parameters(False))
         require(vectors, f"{title} has weights that are not Conv2d's or Linear's")
 
 
 def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
-    """The logits of a probe (2, C, H, W). Of each layer, in order of execution: its row, the
-    shape of its input, the name of the BatchNorm that reads its output."""
+    """The logits of a probe (2, C, H, W); the row, shape of the input and name of the
+    BatchNorm of each layer, in order of execution."""
     body = body_of(classifier)
     names = {module: name for name, module in body.named_modules()}
     layers, outputs, norms = [], [], {}
@@ -438,15 +435,15 @@ def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
             module.register_forward_hook(keep)
     logits = classifier(probe)
     is_logits = isinstance(logits, Tensor) and logits.ndim == 2 == len(logits)
-    require(is_logits, f"the network returns a {type(logits).__name__}, not (B, classes)")
+    require(is_logits, f"the network returns a {type(logits).__name__}, not logits")
     finite = logits.isfinite().all()
-    require(finite, "the network's logits are not finite: check its normalisation")
+    require(finite, "logits are not finite: check the normalisation")
     called = [row.name for row, _ in layers]
     for name, module in body.named_modules(remove_duplicate=False):
         if isinstance(module, LAYERS):
             times = called.count(names[module])
             runs = f"layer {name} runs {times} times in a pass, not once"
-            require(times == 1, f"{runs} (never: torchvision has aux_logits=False for that)")
+            require(times == 1, f"{runs} (if never: try aux_logits=False)")
             require(name == names[module], f"layer {name} has a second name, {names[module]}")
     return logits, [(*layer, norms.get(id(out))) for layer, out in zip(layers, outputs)]
 
@@ -484,11 +481,10 @@ def quant_layers(classifier: nn.Module) -> dict[str, QuantLayer | IntegerLayer]:
 
 
 def live_layers(classifier: nn.Module) -> dict[str, QuantLayer]:
-    """The layers whose bits can change. ValueError if there are none, or integers instead."""
+    """The layers whose bits can change. ValueError if there are none."""
     layers = quant_layers(classifier)
-    live = [isinstance(layer, QuantLayer) for layer in layers.values()]
-    message = "the network has no layers of quantize_model, or it is frozen to integers"
-    require(live and all(live), message)
+    live = {isinstance(layer, QuantLayer) for layer in layers.values()}
+    require(live == {True}, "no layers of quantize_model, or frozen to integers")
     return layers
 
 
@@ -516,12 +512,11 @@ def set_policy(classifier: nn.Module, policy: Policy) -> None:
 
 @torch.no_grad()
 def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65536) -> None:
-    """Find, on the float network, initial steps for each bit-width; which inputs are signed.
+    """Find, on the float network, initial steps for each width; which inputs are signed.
 
-    batches: images (B, 3, H, W) as the network will see them, noise included, split anyhow.
-    Steps have the least squared error on weights and on about `values` inputs per layer, drawn
-    at random, seeded; inputs never below 0 are unsigned. Leaves 32 bits. Raises ValueError,
-    which names the layer, for inputs that are not finite."""
+    batches: noisy images (B, 3, H, W), split anyhow. Steps have the least squared error on
+    weights and on about `values` inputs per layer, drawn at random, seeded; inputs never
+    below 0 are unsigned. Leaves 32 bits. ValueError for inputs that are not finite."""
     layers, images = live_layers(classifier).values(), sum(map(len, batches))
     seen = {layer: [] for layer in layers}
     generator = torch.Generator().manual_seed(0)
@@ -550,7 +545,7 @@ def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65
 
 
 def bitops_ratio(table: list[Layer], policy: Policy) -> float:
-    """BitOPs(P) / BitOPs(FP32), where BitOPs(P) = sum over layers of MACs * w_bits * a_bits."""
+    """BitOPs(P) / BitOPs(FP32), where BitOPs(P) = sum of MACs * w_bits * a_bits."""
     bitops = sum(layer.macs * math.prod(policy[layer.name]) for layer in table)
     return bitops / sum(layer.macs * FLOAT_BITS**2 for layer in table)
 
@@ -567,10 +562,10 @@ def uniform_policy(table: list[Layer], bits: int, first_last_bits=FIRST_LAST_BIT
 
 
 def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
-    """The policy, forced under a fraction of the float network's BitOPs (HAQ, section 3.3).
+    """The policy, forced under a fraction of the float BitOPs (HAQ, section 3.3).
 
     From the last layer back, each visit takes one bit from the input, then one from the
-    weights, until the policy fits; the first and last keep theirs. ValueError: none fits."""
+    weights, until it fits; the first and last keep theirs. ValueError: none fits."""
     policy = {name: list(bits) for name, bits in policy.items()}
     while (ratio := bitops_ratio(table, policy)) > budget:
         before = copy.deepcopy(policy)
@@ -589,21 +584,20 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
 def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "float32")):
     """The network as it is evaluated and certified: a frozen copy, in evaluation mode.
 
-    Every quantized layer runs on the first of `backends` whose sums are exact for it at batches
-    of `batch`, by which GPUs choose kernels; layers of 32 bits stay. Backends give the same
+    Every layer runs on the first of `backends` whose sums are exact for it at batches of
+    `batch`, by which GPUs choose kernels; layers of 32 bits stay. Backends give the same
     integers up to rounding ties. `network.backend` names what runs. Raises ValueError, which
-    names the layer, if no sums are exact or its numbers are not finite; so does the network
-    for inputs that are not finite."""
+    names the layer, for inexact sums or numbers that are not finite; so does the network."""
     frozen = hasattr(classifier, "backend")
-    require(not frozen, "integer_network made this network: give what it was made of")
+    require(not frozen, "integer_network made this network: give its original")
     network, used = copy.deepcopy(classifier), set()
     for name, layer in quant_layers(network).items():
         if layer.w_bits == FLOAT_BITS:
             continue
-        require(not is_hooked(layer), f"layer {name} has hooks that its integers would lose")
+        require(not is_hooked(layer), f"layer {name} has hooks: integers would lose them")
         layer = layer.freeze()
         finite = layer.scale.abs() * 2.0**31 + layer.shift.abs() < LARGEST
-        require(finite.all(), f"layer {name}: its weights or its BatchNorm are not finite")
+        require(finite.all(), f"layer {name}: weights or BatchNorm are not finite")
         backend = next((b for b in backends if has_exact_sums(layer, b, batch)), None)
         reason = "no sums are exact here, or memory is short; use --device cpu"
         require(backend, f"layer {name}: {reason}")
@@ -615,8 +609,7 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
 
 
 def has_exact_sums(layer: IntegerLayer, backend: str, batch: int) -> bool:
-    """Whether random and extreme inputs give the sums of integers.
-    Processors without VNNI saturate the sum of two products; the largest inputs show that."""
+    """Whether random inputs, and the largest, which saturate without VNNI, add up exactly."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(layer.q_min, layer.q_max + 1, (2, *layer.in_shape), generator=generator)
     half = (layer.in_shape[1] + 1) // 2
@@ -627,7 +620,7 @@ def has_exact_sums(layer: IntegerLayer, backend: str, batch: int) -> bool:
     many = q.float().to(device).repeat(copies).contiguous(memory_format=torch.channels_last)
     try:
         sums = BACKENDS[backend](layer).accumulate(many)
-    except (RuntimeError, ValueError, TypeError, AttributeError):  # not on this device or torch
+    except (RuntimeError, ValueError, TypeError, AttributeError):  # not on this device
         return False
     return torch.equal(sums, exact.to(device).repeat(copies))
 
@@ -656,24 +649,23 @@ def unpack_bits(data: bytes, count: int, bits: int) -> Tensor:
 
 def float_tensors(classifier: Classifier, table: list[Layer]) -> dict[str, Tensor]:
     """What is packed besides the layers: BatchNorms of their own."""
-    inside = tuple(f"{row.name}." for row in table)
-    state = classifier.net.state_dict().items()
-    return {name: value for name, value in state if not name.startswith(inside)}
+    inside, state = tuple(f"{row.name}." for row in table), classifier.net.state_dict()
+    return {name: state[name] for name in state if not name.startswith(inside)}
 
 
 @torch.no_grad()
 def pack_model(classifier: Classifier, table: list[Layer], description: dict) -> bytes:
-    """A quantized network as one file: integers at their own bit-widths, and a description.
+    """A quantized network as one file: integers of their own widths, and a description.
 
-    description: arch, image_size, sigma, dataset and classes, else ValueError. In order: MAGIC;
-    version; size of header; header (JSON); per layer weights, a_step, scale, shift in float32;
-    SHA-256 of that."""
+    description: arch, image_size, sigma, dataset and classes, else ValueError. In order:
+    MAGIC; version; size of header; header (JSON); per layer weights, a_step, scale, shift in
+    float32; SHA-256 of that."""
     missing = {"arch", "image_size", "sigma", "dataset", "classes"} - description.keys()
     require(len(missing) == 0, f"the description of the network lacks {sorted(missing)}")
     arch, given = description["arch"], type(classifier).__name__
-    require(arch in NETWORKS, f"NETWORKS has no {arch!r}: no program could load the file")
-    is_whole = isinstance(classifier, Classifier)
-    require(is_whole, f"a Classifier is packed, not a {given} without its net")
+    require(arch in NETWORKS, f"NETWORKS has no {arch!r}: nothing could load it")
+    is_classifier = isinstance(classifier, Classifier)
+    require(is_classifier, f"a Classifier is packed, not a {given} without its net")
     all_named = len(description["classes"]) == table[-1].c_out
     require(all_named, "the description names more or fewer classes")
     frozen = [quant_layers(classifier)[row.name].freeze() for row in table]
@@ -702,8 +694,8 @@ def read_packed(path) -> tuple[dict, bytes] | None:
         return None
     version, length = struct.unpack_from("<HI", data.ljust(10, b"\0"), 4)
     known, whole = version <= VERSION, hashlib.sha256(data[:-32]).digest() == data[-32:]
-    require(known, f"{path} was altered or is of version {version}, not {VERSION}; update this")
-    require(whole, f"{path} was truncated or altered: its checksum is wrong; copy it again")
+    require(known, f"{path} is altered, or of version {version}, not {VERSION}; update this")
+    require(whole, f"{path} is truncated or altered: its checksum is wrong; copy it")
     return json.loads(data[10 : 10 + length]), data[10 + length : -32]
 
 
@@ -714,7 +706,7 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
     require(packed, f"{path}: not a network saved by this program")
     saved, data = packed
     if saved.get("option_a"):
-        raise ValueError(f"{path} has shortcuts without weights: nothing runs them any more")
+        raise ValueError(f"{path} has shortcuts without weights, of an older version")
     numbers = len(saved["classes"]), saved["mean"], saved["std"]
     classifier = build_classifier(saved["arch"], *numbers)
     table = quantize_model(classifier, saved["image_size"])
@@ -743,8 +735,8 @@ warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 
 
 class Int8Layer(IntegerLayer):
-    """The same integers on oneDNN: inputs are floats, or uint8 with zero point -q_min.
-    After the sums a ReLU; out come floats, or the integers of an int8 layer that reads them."""
+    """The same integers on oneDNN, from floats, or from uint8 with zero point -q_min.
+    After the sums a ReLU; out come floats, or the integers of a layer that reads them."""
 
     backend = "int8"
 
@@ -773,20 +765,19 @@ class Int8Layer(IntegerLayer):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """residual is added to the epilogue, and overwritten."""
+        if x.ndim == 2:
+            return self.forward(x[:, :, None, None]).flatten(1)
         q = x
         if x.dtype != torch.uint8:
             if not self.reads_kernel:
                 check_input(self.name, x)
             q = self._to_uint8(x, self.step)
-        q = q[:, :, None, None] if x.ndim == 2 else q
         out = self._convolve(q, self.epilogue, self.relu, self.output, residual)
-        if self.limits:
-            out.clamp_(*self.limits)
-        return out.flatten(1) if x.ndim == 2 else out
+        return out.clamp_(*self.limits) if self.limits else out
 
     def accumulate(self, q: Tensor) -> Tensor:
-        q = self._to_uint8(q, 1.0)
-        return self._convolve(q, (self.ones, None), "none", (0, torch.float32))
+        plain = (self.ones, None), "none", (0, torch.float32)
+        return self._convolve(self._to_uint8(q, 1.0), *plain)
 
     def _to_uint8(self, x: Tensor, step: float) -> Tensor:
         """round(x / step) - q_min, clipped: one pass, four times as fast as a division."""
@@ -838,8 +829,7 @@ def is_hooked(module: nn.Module) -> bool:
 
 def fuse_blocks(network: nn.Module) -> None:
     """Fuse a CifarResNet's first ReLU and its blocks of int8 layers, in place, unless that
-    changes the logits of noisy random images. Float error crosses a rounding tie in few
-    images; a wrong network is wrong in most."""
+    changes most logits of noisy images: float error crosses rounding ties in few."""
     body, fused = body_of(network), {}
     if type(body) is not CifarResNet or is_hooked(body):
         return
