@@ -10,7 +10,7 @@ This file stands alone (torch and torchvision).
 
     paper       here            shape, meaning
     P           policy          {layer: [b_w, b_a]}
-    b_w, b_a    w_bits, a_bits  bit-widths of a layer's weights and of its input (activations)
+    b_w, b_a    w_bits, a_bits  bit-widths of a layer's weights and of its input
     s           step            step size: (c_out,) of weights, () of an input
     q           integers        round(v / s), clipped to [q_min, q_max]
     Q           q_max           the largest integer of an operand
@@ -18,7 +18,7 @@ This file stands alone (torch and torchvision).
     BitOPs(P)   bitops_ratio    sum of MACs * b_w * b_a, over that of 32-bit floats
     size(P)     size_bytes      sum of weights * b_w, in bytes
 
-Sources: LSQ (Esser et al., ICLR 2020), learned steps; He et al. (2016), 4.2, CIFAR ResNets.
+Sources: LSQ (Esser et al., ICLR 2020); CIFAR ResNets (He et al., 2016, 4.2).
 """
 
 import contextlib
@@ -87,7 +87,7 @@ class CifarResNet(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images in [0, 1], noisy or not, to logits: normalisation, then the network `net`."""
+    """Images in [0, 1], noisy or not, to logits: normalisation, then `net`."""
 
     def __init__(self, net: nn.Module, mean=CIFAR10[0], std=CIFAR10[1]):
         super().__init__()
@@ -111,7 +111,7 @@ for depth in (8, 20, 32, 44, 56, 110):
 
 def build_classifier(arch: str, num_classes: int, mean=None, std=None) -> Classifier:
     """A float Classifier by name, normalised as usual unless mean and std are given."""
-    require(arch in NETWORKS, f"unknown network {arch!r}; there are {', '.join(NETWORKS)}")
+    require(arch in NETWORKS, f"unknown network {arch!r}, not of {', '.join(NETWORKS)}")
     constructor, (usual_mean, usual_std) = NETWORKS[arch]
     net = constructor(num_classes=num_classes)
     return Classifier(net, mean or usual_mean, std or usual_std)
@@ -192,7 +192,7 @@ class FakeQuantize(torch.autograd.Function):
 
 @torch.no_grad()
 def best_step(v: Tensor, q_min: int, q_max: int) -> Tensor:
-    """Step of the least squared quantization error for each row of v (rows, n): (rows,)."""
+    """Step of the least squared error for each row of v (rows, n): (rows,)."""
     largest = v.abs().amax(1, keepdim=True).clamp_min(1e-8)
     steps = [share * largest / q_max for share in torch.linspace(0.15, 1.0, 32).tolist()]
     errors = []
@@ -218,11 +218,12 @@ class LSQ(nn.Module):
         shape = (channels,) if self.is_weight else ()
         self.register_buffer("signed", torch.tensor(self.is_weight))  # inputs: calibrate
         self.step = nn.Parameter(torch.ones(shape))
-        self.register_buffer("initial_steps", torch.zeros(MAX_BITS + 1, *shape))  # by bit-width
+        steps = torch.zeros(MAX_BITS + 1, *shape)  # by bit-width
+        self.register_buffer("initial_steps", steps)
 
     @torch.no_grad()
     def observe(self, v: Tensor) -> None:
-        """Find the initial step for every bit-width; v (rows, elements) has a row per step."""
+        """Find the initial step for every bit-width; v has a row per step."""
         for bits in range(MIN_BITS, MAX_BITS + 1):
             bounds = integer_range(bits, bool(self.signed), self.is_weight)
             self.initial_steps[bits] = self.initial_step(v, *bounds).view(self.step.shape)
@@ -237,7 +238,7 @@ class LSQ(nn.Module):
         self.bits = bits
 
     def forward(self, v: Tensor) -> Tensor:
-        """v (channels or B, ...) as its integers say, with gradients for v and the step."""
+        """v (channels or B, ...) as its integers say; gradients for v and the step."""
         if self.bits == FLOAT_BITS:
             return v
         step, elements = self.step_for(v), v[0].numel()
@@ -463,7 +464,7 @@ def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> Layer:
 
 
 def replace_layers(classifier: nn.Module, layers: list[tuple], quantizer) -> None:
-    """Put QuantLayers in place, in the mode and on the device of the layers before."""
+    """Put QuantLayers in place, of the same mode and device."""
     body = body_of(classifier)
     for row, in_shape, norm_name in layers:
         layer, norm = body.get_submodule(row.name), nn.Identity()
@@ -574,7 +575,7 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
                 over = bitops_ratio(table, policy) > budget
                 if over and policy[layer.name][operand] > MIN_BITS:
                     policy[layer.name][operand] -= 1
-        least = f"2 bits, first and last layer 8, cost {ratio:.6f} of the float BitOPs"
+        least = f"2 bits, first and last layer 8, cost {ratio:.6f} of the floats"
         require(policy != before, f"--budget {budget:g} is too low: {least}")
     return policy
 
@@ -661,7 +662,7 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
     MAGIC; version; size of header; header (JSON); per layer weights, a_step, scale, shift in
     float32; SHA-256 of that."""
     missing = {"arch", "image_size", "sigma", "dataset", "classes"} - description.keys()
-    require(len(missing) == 0, f"the description of the network lacks {sorted(missing)}")
+    require(len(missing) == 0, f"the description lacks {sorted(missing)}")
     arch, given = description["arch"], type(classifier).__name__
     require(arch in NETWORKS, f"NETWORKS has no {arch!r}: nothing could load it")
     is_classifier = isinstance(classifier, Classifier)
@@ -688,7 +689,7 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
 
 
 def read_packed(path) -> tuple[dict, bytes] | None:
-    """Header and tensors of a file of pack_model; None for others; ValueError if broken."""
+    """Header and tensors of a file of pack_model; None for others; ValueError: broken."""
     data = Path(path).read_bytes()
     if data[:4] != MAGIC:
         return None
@@ -780,7 +781,7 @@ class Int8Layer(IntegerLayer):
         return self._convolve(self._to_uint8(q, 1.0), *plain)
 
     def _to_uint8(self, x: Tensor, step: float) -> Tensor:
-        """round(x / step) - q_min, clipped: one pass, four times as fast as a division."""
+        """round(x / step) - q_min, clipped: one pass, four times as fast."""
         packed = torch.quantize_per_tensor(x, step, -self.q_min, torch.quint8)
         q = torch.empty(0, dtype=torch.uint8)
         q.set_(packed.untyped_storage(), 0, packed.shape, packed.stride())  # its bytes, no copy
@@ -797,15 +798,15 @@ class Int8Layer(IntegerLayer):
         return op.binary(*operands, residual, *results, 1.0, 0, "sum", 1.0, relu, [], "")
 
     def __reduce_ex__(self, protocol):
-        raise ValueError("int8 layers are neither pickled nor copied; pack_model saves them")
+        raise ValueError("int8 layers are not pickled or copied: pack_model saves them")
 
 
 BACKENDS = {"int8": Int8Layer, "float32": IntegerLayer.freeze}
 
 
 class FusedBlock(nn.Module):
-    """A BasicBlock of int8 layers, relu(conv2(relu(conv1(x))) + shortcut(x)), in two kernels.
-    The sum overwrites x: inside a CifarResNet nobody else reads it."""
+    """A BasicBlock of int8 layers in two kernels: relu(conv2(relu(conv1(x))) + shortcut(x)).
+    The sum overwrites x, which nobody else reads in a CifarResNet."""
 
     def __init__(self, block: BasicBlock, reads_kernel: bool):
         super().__init__()

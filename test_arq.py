@@ -590,9 +590,7 @@ class MinMax(models.LSQ):
         return v + (self.integers(v) * self.step_for(v) - v).detach()
 
 
-@pytest.mark.parametrize(
-    "arch, size", [("resnet20", 32), ("resnet18", 64), ("mobilenet_v2", 64)]
-)
+@pytest.mark.parametrize("arch, size", [("resnet20", 32), ("mobilenet_v2", 64)])
 def test_32_bits_are_exactly_the_float_network(arch, size):
     """Before calibration, too, when other widths are refused."""
     torch.manual_seed(0)
@@ -901,16 +899,14 @@ def test_calibration_sees_all_pixels_however_images_are_split():
     torch.manual_seed(0)
     net, x = models.CifarResNet(8, 10), torch.zeros(64, 3, 32, 32)
     x[:, :, 4:, 1::2] = torch.rand(64, 3, 28, 16)
-    models.quantize_model(net, 32)
-    steps, whole = [], models.LSQ()
+    steps, whole, _ = [], models.LSQ(), models.quantize_model(net, 32)
     for size in (64, 50, 3):
         models.calibrate(net, x.split(size))
         layers = models.quant_layers(net).values()
         steps.append(torch.stack([layer.input_quantizer.initial_steps for layer in layers]))
     whole.observe(x.flatten()[None])
     assert torch.allclose(steps[0][0], whole.initial_steps, rtol=0.1)
-    assert all(torch.allclose(other.mean(0), steps[0].mean(0), rtol=0.1) for other in steps)
-    assert all(torch.allclose(other, steps[0], rtol=0.5) for other in steps[1:])
+    assert all(torch.allclose(other, steps[0], rtol=0.3) for other in steps[1:])
 
 
 def test_what_is_frozen_stays_so(tmp_path):
@@ -1140,9 +1136,7 @@ def packed_and_loaded(classifier, table, tmp_path, **description):
     return models.load_model(tmp_path / "m.arq")
 
 
-@pytest.mark.parametrize(
-    "arch, bits", [("resnet20", 2), ("resnet20", 8), ("resnet20", "mixed"), ("pre", 4)]
-)
+@pytest.mark.parametrize("arch, bits", [("resnet20", 2), ("resnet20", "mixed"), ("pre", 4)])
 def test_a_packed_network_comes_back(tmp_path, monkeypatch, arch, bits):
     """The same logits, the same bytes again, BatchNorms of its own, and the size promised."""
     monkeypatch.setitem(models.NETWORKS, "pre", (PreActivation, models.CIFAR10))
@@ -1231,17 +1225,15 @@ def test_public_checkpoint_layouts(tmp_path):
         assert all(torch.equal(logits({key: theirs}), expected) for key in ("net", "model"))
     ours = models.Classifier(net, (0.5,) * 3, (0.25,) * 3).eval()  # as base.pt has it
     assert torch.equal(logits(ours.state_dict()), ours(x))
-    with pytest.raises(ValueError, match="c.pt holds no resnet20 .*Unexpected.*extra"):
-        logits(state | {"extra": x})
-    with pytest.raises(ValueError, match="c.pt holds no resnet20 .*Missing.*fc.bias"):
-        logits({key: state[key] for key in state if key != "fc.bias"})
     cases = {
         "checkpoint of tensors": {"args": argparse.Namespace(lr=0.1), "state_dict": state},
         "not tensors": {"state_dict": None, "epoch": 3},
         r"\['epoch'\], not tensors by name": state | {"epoch": 3},
         r"\[\], not tensors by": [state],
         r"\[0\], not tensors": {0: x},
-        "no resnet20 .*std": {"mean": x[0]} | state,
+        "no resnet20 .*Missing.*std": {"mean": x[0]} | state,
+        "no resnet20 .*Unexpected.*extra": state | {"extra": x},
+        "no resnet20 .*Missing.*fc.bias": {key: state[key] for key in [*state][:-1]},
     }
     for words, saved in cases.items():
         with pytest.raises(ValueError, match=f"c.pt.*{words}"):
