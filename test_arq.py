@@ -901,7 +901,7 @@ def test_calibration_sees_all_pixels_however_images_are_split():
     x[:, :, 4:, 1::2] = torch.rand(64, 3, 28, 16)
     steps, whole, _ = [], models.LSQ(), models.quantize_model(net, 32)
     for size in (64, 50, 3):
-        models.calibrate(net, x.split(size))
+        models.calibrate(net, x.split(size), values=32768)
         layers = models.quant_layers(net).values()
         steps.append(torch.stack([layer.input_quantizer.initial_steps for layer in layers]))
     whole.observe(x.flatten()[None])
