@@ -154,7 +154,7 @@ def integer_range(bits: int, signed: bool, symmetric: bool = False) -> tuple[int
     if not signed:
         return 0, 2**bits - 1
     q_max = 2 ** (bits - 1) - 1
-    return -q_max - (not symmetric), q_max
+    return (-q_max if symmetric else -q_max - 1), q_max
 
 
 def quantize(v: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
@@ -743,7 +743,7 @@ class Int8Layer(IntegerLayer):
 
     def __init__(self, layer: IntegerLayer, relu: bool = False, reader=None):
         nn.Module.__init__(self)
-        vars(self).update(vars(layer))
+        vars(self).update(vars(layer))  # the same tensors and numbers
         require(self.weight.device.type == "cpu", "int8 layers run on CPUs")
         largest_sum = (self.q_max - self.q_min) * self.row_sum  # with the zero point
         require(largest_sum < 2**31, "int8 layers add up in 32 bits")
