@@ -5,7 +5,7 @@
 DIR holds resnet20_cifar10_sigma0.25.pt, ...0.50.pt and ...1.00.pt. What float ResNet-20 and its
 8- and 4-bit copies predict under the same noise is collected first (hours on two cores; kept in
 runs/certificates, so that the same command continues); all certificates are made from that, in
-minutes. Prints two tables and writes results/certificates.json."""
+minutes. Prints, and writes results/certificates.json."""
 
 import argparse
 import copy
@@ -30,6 +30,7 @@ SIGMAS = "0.25", "0.50", "1.00"
 TUNING_BATCHES = {"8 bit": 0, "4 bit": 100}
 METHODS = "fresh", "IRS", "auto"
 N0, ALPHA, ALPHA_ZETA = 100, 0.001, 0.001
+IMAGES, SAMPLES = 50, 8000  # per sigma; noisy copies of each
 SHARES = [0.01 * 1.4**i for i in range(14)]  # of n: passes that are tried
 LEVEL = 0.9  # of the ACR of n samples
 
@@ -49,30 +50,27 @@ def build_networks(options, config) -> dict:
     return networks
 
 
-def collect(options, sigma: str) -> list[dict]:
-    """What each network predicts for the same noisy copies of test images: a dict per image."""
+def collect(options, sigma: str) -> dict:
+    """What each network predicts for the same noisy copies of test images (B, SAMPLES), the
+    images' labels, and the classes (B,) that the float network selects."""
+    file = WORK / f"{sigma}.pt"
+    if file.exists():
+        return arq.read_state(file)
+    words = ["--dataset", "cifar10", "--data", options.data, "--sigma", sigma]
+    config = arq.parse_config(words)
+    images = arq.load_images(config, train=False)
+    ids = range(50, 5000, 5000 // IMAGES)
+    x = images.batch(ids, config.device)
+    collected = {"label": torch.tensor(images.labels)[ids]}
+    for name, network in build_networks(options, config).items():
+        g = Smooth(network, 10, config.sigma, batch_size=config.eval_batch)
+        if name == "float":
+            collected["selected"] = g.sample_under_noise(x, ids, N0, "select").argmax(1)
+        collected[name] = g.predictions(x, ids, torch.full((IMAGES,), SAMPLES), "samples")
+        print(f"sigma {sigma}: {name} is sampled", flush=True)
     WORK.mkdir(parents=True, exist_ok=True)
-    indices = range(50, 5000, 5000 // options.images)
-    files = [WORK / f"{sigma}-{index}-{options.samples}.pt" for index in indices]
-    if not all(file.exists() for file in files):
-        words = ["--dataset", "cifar10", "--data", options.data, "--sigma", sigma]
-        config = arq.parse_config(words)
-        images = arq.load_images(config, train=False)
-        networks = build_networks(options, config)
-    for index, file in zip(indices, files):
-        if file.exists():
-            continue
-        x = images.batch([index], config.device)
-        found = {"label": images.labels[index]}
-        for name, network in networks.items():
-            g = Smooth(network, 10, config.sigma, batch_size=config.eval_batch)
-            if name == "float":
-                found["selected"] = int(g.sample_under_noise(x, [index], N0, "select").argmax())
-            sizes = torch.tensor([options.samples])
-            found[name] = g.predictions(x, [index], sizes, "samples")[0]
-        arq.write_whole(file, found)
-        print(f"sigma {sigma}: image {index} is sampled", flush=True)
-    return [arq.read_state(file) for file in files]
+    arq.write_whole(file, collected)
+    return collected
 
 
 # ---- certificates are made from them ----
@@ -92,8 +90,8 @@ class Replay(Smooth):
         self.pilot = ReplayCache(rows, old[:, pilot], "pilot")
 
     def predictions(self, images, ids, sizes, key):
-        found = self.by_noise[key][:, : int(sizes.max())]
-        return found * (torch.arange(found.shape[1]) < sizes[:, None])
+        samples = self.by_noise[key][:, : int(sizes.max())]
+        return samples * (torch.arange(samples.shape[1]) < sizes[:, None])
 
     def acr(self, method: str, n_p: int) -> float:
         if method == "fresh":
@@ -132,12 +130,11 @@ def passes_needed(sizes: list[int], shares: list[float]) -> float | None:
     return None
 
 
-def sharpness(right: list[dict], name: str, sigma: float) -> dict:
+def sharpness(old: Tensor, new: Tensor, selected: list[int], sigma: float) -> dict:
     """Passes per image of right class that reach LEVEL of the ACR which n samples certify, in
     five splits of the samples into n that are cached or replayed, and n fresh ones."""
-    selected = [image["selected"] for image in right]
-    old, new = (torch.stack([image[key] for image in right]) for key in ("float", name))
     n = old.shape[1] // 2
+    sizes = [max(10, round(share * n)) for share in SHARES]
     needed = {method: [] for method in METHODS}
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
@@ -146,73 +143,47 @@ def sharpness(right: list[dict], name: str, sigma: float) -> dict:
         rows = certificates(new[:, cached], selected, sigma)
         full_acr = certify.average_certified_radius(rows)
         for method in METHODS:
-            sizes = [max(10, round(share * n)) for share in SHARES]
             shares = [replay.acr(method, size) / full_acr for size in sizes]
             needed[method].append(passes_needed(sizes, shares))
     disagreement = float((old != new).float().mean())
-    return {"right": len(right), "n": n, "disagreement": disagreement, "needed": needed}
+    return {"right": len(old), "n": n, "disagreement": disagreement, "needed": needed}
 
 
-def sides(right: list[dict], total: int, name: str, sigma: float) -> dict:
-    """ACR by one- and two-sided radii of the first 1,000 samples, over `total` images."""
-    predictions = torch.stack([image[name][:1000] for image in right])
-    rows = certificates(predictions, [image["selected"] for image in right], sigma)
-    acrs = {}
-    for side, radii in (("one-sided", rows), ("two-sided", certify.two_sided(rows))):
-        acrs[side] = certify.average_certified_radius(radii) * len(right) / total
-    return acrs
+def sides(predictions: Tensor, selected: list[int], sigma: float) -> dict:
+    """ACR by one- and two-sided radii of the first 1,000 samples; wrong images count 0."""
+    rows = certificates(predictions[:, :1000], selected, sigma)
+    share = len(rows) / IMAGES
+    one_sided = certify.average_certified_radius(rows) * share
+    two_sided = certify.average_certified_radius(certify.two_sided(rows)) * share
+    return {"one-sided": one_sided, "two-sided": two_sided}
 
 
-def median(passes: list) -> float:
-    return statistics.median(math.inf if value is None else value for value in passes)
-
-
-def tables(results: dict) -> str:
-    lines = [
-        f"passes per image of right class that reach {LEVEL:.0%} of the ACR of n samples",
-        "",
-    ]
-    lines.append(f"| sigma, bits | {' | '.join(METHODS)} | auto / fresh | auto / all images |")
-    lines.append("|---|---|---|---|---|---|")
-    for setting, found in results["sharpness"].items():
-        needed = found["needed"]
-        passes = [median(needed[method]) for method in METHODS]
-        cells = ["-" if value == math.inf else f"{value:.0f}" for value in passes]
-        pairs = zip(needed["auto"], needed["fresh"])
-        ratio = median([auto and fresh and auto / fresh for auto, fresh in pairs])
-        plain = ratio * found["right"] / found["images"]  # which samples wrong images, too
-        lines.append(f"| {setting} | {' | '.join(cells)} | {ratio:.2f} | {plain:.2f} |")
-    lines += [
-        "",
-        "| sigma, network | ACR, one-sided | two-sided |",
-        "|---|---|---|",
-    ]
-    for setting, acrs in results["sides"].items():
-        cells = [arq.cut(acr) for acr in acrs.values()]
-        lines.append(f"| {setting} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def median(passes: list) -> str:
+    value = statistics.median(math.inf if needed is None else needed for needed in passes)
+    return "-" if value == math.inf else f"{value:.0f}"
 
 
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data", help="image tree of CIFAR-10")
     parser.add_argument("--checkpoints", required=True, help="folder of the float networks")
-    parser.add_argument("--images", type=int, default=50, help="per sigma")
-    parser.add_argument("--samples", type=int, default=8000, help="noisy copies of each")
-    parser.add_argument("--out", type=Path, default=ROOT / "results")
     options = parser.parse_args(argv)
-    options.out.mkdir(exist_ok=True)
     results = {"sharpness": {}, "sides": {}}
     for sigma in SIGMAS:
         images = collect(options, sigma)
-        right = [image for image in images if image["label"] == image["selected"]]
+        right = images["label"] == images["selected"]
+        selected = images["selected"][right].tolist()
         for name in ("float", *TUNING_BATCHES):
-            results["sides"][f"{sigma}, {name}"] = sides(right, len(images), name, float(sigma))
+            measured = sides(images[name][right], selected, float(sigma))
+            results["sides"][f"{sigma}, {name}"] = measured
+            print(f"sigma {sigma}, {name}: ACR {measured}")
         for name in TUNING_BATCHES:
-            found = sharpness(right, name, float(sigma))
-            results["sharpness"][f"{sigma}, {name}"] = {"images": len(images), **found}
-    arq.write_whole(options.out / "certificates.json", results)
-    print(tables(results))
+            old, new = images["float"][right], images[name][right]
+            measured = sharpness(old, new, selected, float(sigma))
+            results["sharpness"][f"{sigma}, {name}"] = {"images": IMAGES, **measured}
+            passes = {method: median(values) for method, values in measured["needed"].items()}
+            print(f"sigma {sigma}, {name}: passes that reach {LEVEL:.0%} of the ACR {passes}")
+    arq.write_whole(ROOT / "results" / "certificates.json", results)
 
 
 if __name__ == "__main__":
