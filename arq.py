@@ -59,15 +59,16 @@ from models import Classifier, Layer, Policy, require
 
 # ---- Algorithm 1 ----
 class BitWidthEnvironment:
-    """An episode walks the layers; each takes two decisions, its weights' and its input's bits.
+    """An episode walks the layers; each has two decisions, its weights' and its input's bits.
 
     The first and the last layer keep 8 bits and are not visited. A state (10,) holds HAQ's
-    features (Wang et al., 2019, section 3.2), min-max normalised; the last is the previous
-    bit-width. Raises ValueError if 2 bits everywhere do not fit the budget."""
+    features (Wang et al., 2019, section 3.2), min-max normalised, and the previous bits.
+    Raises ValueError if 2 bits everywhere do not fit the budget."""
 
     def __init__(self, table: list[Layer], budget: float):
-        models.enforce_budget(table, models.uniform_policy(table, models.MIN_BITS), budget)
         require(len(table) > 2, "no layer stands between the first and the last")
+        least = models.uniform_policy(table, models.MIN_BITS)
+        models.enforce_budget(table, least, budget)
         self.table, self.budget = table, budget
         self.decisions, features = [], []
         for index, layer in enumerate(table[1:-1]):
@@ -82,12 +83,12 @@ class BitWidthEnvironment:
 
     @staticmethod
     def bits(action: float) -> int:
-        """round(b_min - 1/2 + a (b_max - b_min + 1)): equal shares of [0, 1] for each width."""
+        """round(b_min - 1/2 + a (b_max - b_min + 1)): equal shares of [0, 1]."""
         least, most = models.MIN_BITS, models.MAX_BITS
         return min(most, max(least, round(least - 0.5 + action * (most - least + 1))))
 
     def rollout(self, act: Callable[[Tensor], float]) -> tuple[Tensor, Tensor, Policy]:
-        """One episode: states (T, 10), actions (T, 1) as emitted, and the policy, forced."""
+        """One episode: states (T, 10), actions (T, 1) and the policy, forced."""
         policy = models.uniform_policy(self.table, models.MIN_BITS)
         states, actions, previous = [], [], 1.0
         for features, (layer, operand) in zip(self.features, self.decisions):
@@ -105,9 +106,9 @@ class BitWidthEnvironment:
 def evaluate_policy(policy, cache, start, train_images, search_pixels, config, final=False):
     """ACR(g^P) of a policy P on the search images (B, C, H, W), by incremental certificates.
 
-    cache: f's certificates and predictions on these images; start: a copy of f from `prepare`
-    Certificates hold with probability 1 - (alpha + alpha_zeta) each, but every episode replays
-    their noise: they serve the search, and its best policy is certified from scratch.
+    cache: f's certificates and predictions on these; start: a copy of f from `prepare`
+    A certificate holds with probability 1 - (alpha + alpha_zeta), but all episodes replay
+    one noise: they serve the search, and its best policy is certified from scratch.
     final: finalists have twice the training and CERTIFY, on fresh noise."""
     quantized = copy.deepcopy(start)
     models.set_policy(quantized, policy)
@@ -120,7 +121,8 @@ def evaluate_policy(policy, cache, start, train_images, search_pixels, config, f
     g = smooth(network, train_images.classes, config, "finalists")
     if final:
         labels, ids = zip(*[(row.label, row.idx) for row in cache.certificates])
-        rows = g.certify(search_pixels, labels, ids, config.n0, config.search_n, config.alpha)
+        sizes = config.n0, config.search_n, config.alpha
+        rows = g.certify(search_pixels, labels, ids, *sizes)
     else:
         bounds = config.alpha_zeta, config.gamma
         rows = g.certify_incremental(search_pixels, cache, config.n_p, *bounds)
@@ -135,25 +137,31 @@ def relative_gain(acr: float, base_acr: float) -> float:
 def search(cache, environment, agent, evaluate, reward=relative_gain) -> Iterator[dict]:
     """Algorithm 1, a record per episode; it goes on from the agent's count of episodes.
 
-    cache: f's ReplayCache; environment: a BitWidthEnvironment; agent: a DDPG or the like
+    cache: f's ReplayCache; agent: a DDPG or the like
     evaluate(policy, cache): ACR(g^P), as `evaluate_policy`; reward(ACR(g^P), ACR(g))"""
     # 1: ACR(g) of the float network, from FullRobustCertify(f)
     base_acr = certify.average_certified_radius(cache.certificates)
     # 2: for each episode
     while agent.episode < agent.config.episodes:
         episode, noise = agent.episode, agent.noise
-        # 3: the agent emits bit-widths layer by layer; the policy is forced under the budget
+        # 3: the agent emits bit-widths; the policy is forced under the budget
         states, actions, policy = environment.rollout(agent.act)
         # 4: quantize f by it, fine-tune, IncrementalRobustCertify
         acr = evaluate(policy, cache)
         # 5: the agent learns from the reward
         gain = reward(acr, base_acr)
         agent.learn(states, actions, gain)
-        yield {"episode": episode, "acr": acr, "reward": gain, "noise": noise, "policy": policy}
+        yield {
+            "episode": episode,
+            "acr": acr,
+            "reward": gain,
+            "noise": noise,
+            "policy": policy,
+        }
 
 
 def reevaluate_finalists(records, count: int, evaluate, cache) -> Iterator[dict]:
-    """The best of many noisy rewards is partly luck: the best policies are evaluated again.
+    """The best of many noisy rewards is partly luck: the best are evaluated again.
 
     records: those of `search` and, after an interruption, of the finalists so far."""
     episodes = [record for record in records if "finalist" not in record]
@@ -196,8 +204,8 @@ def augment(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def noise_augmentation(network, x, noise, labels, teacher=None, share=0.0) -> Tensor:
-    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). A share of targets
-    is a teacher's softmax under other noise: on average, its smoothed classifier's answer."""
+    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). share: of the
+    targets, a teacher's softmax under other noise, on average its smoothed classifier's."""
     if share > 0:
         with torch.no_grad():
             noise_of_others = noise.roll(1, 0)
@@ -220,12 +228,12 @@ def train(
 ) -> None:
     """Nesterov SGD in place, under Gaussian noise; ends in evaluation mode.
 
-    The rate rises over a fifth of the batches and falls along a cosine; weight decay spares
-    step sizes, biases and BatchNorm. config: its seed, sigma and batch_size.
+    The rate rises over a fifth of the batches and falls along a cosine; decay spares step
+    sizes, biases and BatchNorm. config: its seed, sigma and batch_size.
     loss(network, x, noise, labels): losses (B,), as `noise_augmentation`
     save(state): called per epoch; from such a state the call continues, bit for bit
-    Equal arguments train equal networks. FloatingPointError: an epoch ends with weights or
-    statistics that are not finite."""
+    Equal arguments train equal networks. FloatingPointError: an epoch ends with numbers
+    that are not finite."""
     device, batch_size = next(classifier.parameters()).device, config.batch_size
     matrices = [p for p in classifier.parameters() if p.ndim > 1]
     vectors = [p for p in classifier.parameters() if p.ndim <= 1]
@@ -261,23 +269,25 @@ def train(
                 losses = loss(network, x, noise, labels[chosen].to(device))
             require(losses.shape == chosen.shape, "a loss returns one value per image, (B,)")
             optimizer.zero_grad()
-            (WORLD * losses.sum() / batch_size).backward()  # processes average their gradients
+            # Processes average their gradients.
+            (WORLD * losses.sum() / batch_size).backward()
             optimizer.step()
             if save is not None:
                 show_progress("batch", index + 1, num_batches, first, began)
-        if not all(value.isfinite().all() for value in classifier.state_dict().values()):
+        weights = classifier.state_dict()
+        if not all(value.isfinite().all() for value in weights.values()):
             raise FloatingPointError(f"{purpose}: training diverged by batch {end}")
         if save is not None:
-            parts = {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict()}
-            save({**parts, "batch": end})
+            momenta = optimizer.state_dict()
+            save({"classifier": weights, "optimizer": momenta, "batch": end})
     for buffer in classifier.buffers() if WORLD > 1 else ():
         distributed.broadcast(buffer, 0)  # BatchNorm's statistics were each process's own
     classifier.eval()
 
 
 def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
-    """A copy of a float network that takes any policy, and its layer table. Step sizes and the
-    signs of inputs come from up to 256 noisy images, spread over the given ones."""
+    """A copy of a float network that takes any policy, and its layer table. Step sizes
+    and signs of inputs come from up to 256 noisy images, spread over the given ones."""
     classifier = copy.deepcopy(base)
     table = models.quantize_model(classifier, config.image_size)
     x = images.batch(evenly_spaced(min(256, len(images)), len(images)), config.device)
@@ -310,18 +320,19 @@ def run(config: Config) -> None:
         contents["policy"] = read_policy(config.policy, table, config.budget)
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
     take_along(config, folder)
-    print(f"{config.dataset}, {config.arch}, sigma {config.sigma:g}; run folder {folder.path}")
+    print(f"{config.arch} on {config.dataset}; run folder {folder.path}")
 
     # 1: the float base classifier f
     file = folder.make("train the base", "base.pt", train_base, base, train_images, config)
     base.load_state_dict(read_state(file))
     start, _ = prepare(base, search_images, config)
-    # 2: FullRobustCertify(f) on the search images; 3: the search, unless the policy is given
+    # 2: FullRobustCertify(f) on the search images; 3: the search, or the given policy
     if config.policy:
         file = folder.make("policy", "policy.json", lambda *_: contents["policy"])
     else:
         work = certify_images, base, search_images, config, "search"
-        cache = read_cache(folder.make("certify the base, search", "search_cache.pt", *work))
+        file = folder.make("certify the base, search", "search_cache.pt", *work)
+        cache = read_cache(file)
         pixels = search_images.batch(range(len(search_images)), config.device)
         given = {"start": start, "train_images": train_images, "search_pixels": pixels}
         evaluate = partial(evaluate_policy, config=config, **given)
@@ -365,7 +376,7 @@ def evaluate_saved(config: Config) -> None:
 
 
 def build_base(config: Config, num_classes: int) -> Classifier:
-    """A float network, of --checkpoint or to be trained, in the fastest memory layout."""
+    """A float network, of --checkpoint or to be trained, channels last."""
     torch.manual_seed(config.seed)
     if config.checkpoint:
         base = models.load_base_checkpoint(config.checkpoint, config.arch, num_classes)
@@ -383,7 +394,7 @@ def train_base(base: Classifier, images: ImageSet, config: Config, state, save) 
 
 
 def run_search(environment, evaluate, cache, config, path, state, save, agent_class=DDPG):
-    """The best policy of Algorithm 1. An episode is a line, printed and in search.jsonl.
+    """The best policy of Algorithm 1. Each episode is printed, and in search.jsonl.
     evaluate(policy, cache, final=False): as evaluate_policy, the rest bound."""
     warmup_episodes = min(20, max(1, config.episodes // 3))
     settings = DDPGConfig(episodes=config.episodes, warmup_episodes=warmup_episodes)
@@ -392,12 +403,14 @@ def run_search(environment, evaluate, cache, config, path, state, save, agent_cl
         agent.load_state_dict(state["agent"])
         records = state["records"]
     act = agent.act
-    agent.act = lambda state: gather(act(state))[0]  # all processes take rank 0's actions
+    agent.act = lambda state: gather(act(state))[0]  # rank 0's
     again = partial(evaluate, final=True)
-    finalists = reevaluate_finalists(records, config.finalists, again, cache)  # of the end
+    finalists = reevaluate_finalists(records, config.finalists, again, cache)
     began = time.monotonic()
-    for record in itertools.chain(search(cache, environment, agent, evaluate), finalists):
-        record["bitops_ratio"] = models.bitops_ratio(environment.table, record["policy"])
+    episodes = search(cache, environment, agent, evaluate)
+    for record in itertools.chain(episodes, finalists):
+        ratio = models.bitops_ratio(environment.table, record["policy"])
+        record["bitops_ratio"] = ratio
         record["seconds"] = round(time.monotonic() - began, 3)
         began = time.monotonic()
         records.append(record)
@@ -408,13 +421,14 @@ def run_search(environment, evaluate, cache, config, path, state, save, agent_cl
         left = timedelta(seconds=round(pace * max(0, config.episodes - len(records))))
         text = f"  episode {record['episode'] + 1:>3}/{config.episodes}"
         text += " again" if "finalist" in record else ""
-        text += f"  ACR {cut(record['acr'])}  best {cut(max(r['acr'] for r in records))}"
-        print(f"{text}  BitOPs {100 * record['bitops_ratio']:.3f} %  {left} left", flush=True)
+        best = max(record["acr"] for record in records)
+        text += f"  ACR {cut(record['acr'])}  best {cut(best)}  BitOPs {100 * ratio:.3f} %"
+        print(f"{text}  {left} left", flush=True)
     return best_policy(records)
 
 
 def finetune_best(classifier, base, table, images, config, state, save) -> bytes:
-    """The packed network, after the last fine-tuning of a classifier whose policy is set."""
+    """The packed network, after the last fine-tuning under its policy."""
     num_batches = int(config.finetune_epochs * (len(images) // config.batch_size))
     loss = partial(noise_augmentation, teacher=base, share=config.distill)
     options = {"state": state, "save": save, "loss": loss}
@@ -424,7 +438,7 @@ def finetune_best(classifier, base, table, images, config, state, save) -> bytes
 
 
 def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config) -> list:
-    """A network's certificates of the test images; their purpose names noise and table."""
+    """A network's certificates of the test images; purpose names noise and table."""
     product = f"{purpose.replace(' ', '_')}s.tsv"
     work = certify_images, network, images, config, purpose
     file = folder.make(f"{purpose}s, test images", product, *work)
@@ -435,8 +449,8 @@ def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config
 
 
 def certify_images(network, images: ImageSet, config: Config, purpose: str, state, save):
-    """CERTIFY by blocks of images, each saved: a table or, for the search, what `read_cache`
-    takes. purpose names the noise."""
+    """CERTIFY by blocks of images, each saved: a table or, for the search, what
+    `read_cache` takes. purpose names the noise."""
     g = smooth(network, images.classes, config, purpose)
     is_cache = purpose == "search"  # which spends no samples on images of wrong class
     n = config.search_n if is_cache else config.n
@@ -464,7 +478,7 @@ def read_cache(file: Path) -> ReplayCache:
     rows, predictions, key = read_state(file)
     rows = [Certificate(*row) for row in rows]
     useful = any(row.radius > 0 for row in rows)
-    require(useful, "the base certifies no search image; train it longer, or lower --sigma")
+    require(useful, "the base certifies no search image; lower --sigma, or train it longer")
     return ReplayCache(rows, predictions, key)
 
 
@@ -474,8 +488,8 @@ SAVED_OPTIONS = "dataset", "arch", "image_size", "sigma"  # in the file of a net
 
 
 class RunFolder:
-    """The files of one run. A product that is there is done; the work in progress continues
-    from state.pt, what it saved last. options, but for FREE ones, stay as config.json has them.
+    """The files of one run. A product that is there is done; the work in progress goes on
+    from state.pt, what it saved last. options, but for FREE ones, stay as in config.json.
     Raises ValueError, before anything is touched, for other options and a folder in use."""
 
     def __init__(self, path, options: dict):
@@ -495,8 +509,8 @@ class RunFolder:
         write_whole(file, options)
 
     def make(self, name: str, product: str, work: Callable, *arguments) -> Path:
-        """The file `product`: what work(*arguments, state, save) returns, called unless it is
-        there. state: what its last save(state) kept, None at first. All processes call both."""
+        """The file `product`: what work(*arguments, state, save) returns, unless it is there.
+        state: what its last save(state) kept, None at first. All processes call both."""
         file, state_file = self.path / product, self.path / "state.pt"
         saved = read_state(state_file) if state_file.exists() else {}
         self.seconds = saved.get("seconds", {})
@@ -536,19 +550,21 @@ def lock(path: Path):
 
 
 def take_along(config: Config, folder: RunFolder) -> None:
-    """With --checkpoint runs/X/base.pt: the base's certificates of runs/X, if options agree."""
-    source = Path(config.checkpoint or "").parent
-    if Path(config.checkpoint or "").name != "base.pt" or not (source / "config.json").exists():
+    """With --checkpoint runs/X/base.pt: that base's certificates, if options agree."""
+    checkpoint = Path(config.checkpoint or "none")
+    source = checkpoint.with_name("config.json")
+    if checkpoint.name != "base.pt" or not source.exists():
         return
-    before = read_json(source / "config.json")
+    before = read_json(source)
     common = "arch image_size sigma seed n0 alpha device search_images".split()
     products = {"search_cache.pt": ["training set", "search_n"]}
     products["base_certificates.tsv"] = ["test set", "images", "n"]
     for product, names in products.items():
+        old, new = source.with_name(product), folder.path / product
         agree = all(before.get(name) == folder.options[name] for name in common + names)
-        if agree and (source / product).exists() and not (folder.path / product).exists():
-            print(f"{product}: taken from {source}", flush=True)
-            write_whole(folder.path / product, (source / product).read_bytes())
+        if agree and old.exists() and not new.exists():
+            print(f"{product}: taken from {old.parent}", flush=True)
+            write_whole(new, old.read_bytes())
 
 
 def write_whole(path: Path, value) -> None:
@@ -620,8 +636,8 @@ class Config:
     images: int = option(100, "test images, evenly spaced over the set", 1, MOST)
     # method
     arch: str = option("resnet8", "network", choices=tuple(models.NETWORKS))
-    sigma: float = option(0.25, "standard deviation of the noise, in [0, 1] pixels", 0.001, 4)
-    budget: float = option(0.015, "BitOPs allowed, as a fraction of the float's", 1e-5, 1)
+    sigma: float = option(0.25, "deviation of the noise, in [0, 1] pixels", 0.001, 4)
+    budget: float = option(0.015, "BitOPs allowed, of the float network's", 1e-5, 1)
     episodes: int = option(24, "episodes of the search, one policy each", 1, MOST)
     finalists: int = option(5, "best policies, all different, evaluated again", 0, MOST)
     search_n: int = option(500, "samples of the base per search image", 1, MOST)
@@ -630,21 +646,21 @@ class Config:
     alpha_zeta: float = option(0.001, "alpha of the disparity zeta of IRS", 1e-9, 0.49)
     policy: str = option(None, "no search: a policy.json, or a bit-width such as 4")
     # training
-    checkpoint: str = option(None, "float base, trained with noise; else one is trained")
+    checkpoint: str = option(None, "float base; else one is trained")
     epochs: int = option(6, "epochs of the base", 1, MOST)
     episode_batches: int = option(8, "training batches of a policy's episode", 0, MOST)
     finetune_epochs: float = option(3.0, "epochs of the best policy", 0, 1e6)
-    distill: float = option(0.0, "share of the base's softmax in the last targets", 0, 1)
+    distill: float = option(0.0, "share of the base in the last targets", 0, 1)
     batch_size: int = option(128, "images in a training batch", 2, MOST)
     # certificates
     n0: int = option(100, "samples that select the class", 1, MOST)
     n: int = option(1000, "samples that bound its probability", 1, MOST)
-    alpha: float = option(0.001, "probability of a wrong certificate, per image", 1e-9, 0.49)
+    alpha: float = option(0.001, "chance of a wrong certificate, each", 1e-9, 0.49)
     eval_batch: int = option(None, "samples per forward pass when certifying", 1, MOST)
     # run
     seed: int = option(0, "seed of training, search and noise", 0, MOST)
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
-    out: str = option(None, "run folder (default: under runs/, named after the options)")
+    out: str = option(None, "run folder (default: by options, under runs/)")
     evaluate: str = option(None, "certify this model.arq on the test images, and stop")
 
 
@@ -681,9 +697,10 @@ def parse_config(argv=None) -> Config:
 
 
 def complete_config(given: dict) -> Config:
-    """A Config of the given options; what cannot work is refused before any data is touched."""
+    """A Config of the given options; what cannot work is refused at once."""
     for name in given.keys() & {"checkpoint", "evaluate", "policy"}:
-        there = Path(given[name]).is_file() or (name == "policy" and given[name].isdigit())
+        bits = name == "policy" and given[name].isdigit()
+        there = bits or Path(given[name]).is_file()
         require(there, f"{flag(name)} {given[name]}: no such file")
     saved = {}
     if "evaluate" in given:
@@ -694,15 +711,17 @@ def complete_config(given: dict) -> Config:
         saved = {name: packed[0][name] for name in SAVED_OPTIONS}
         for name in given.keys() & {"arch", "image_size"}:
             agrees = given[name] == saved[name]
-            require(agrees, f"{flag(name)} is {saved[name]} in {given['evaluate']}; omit it")
+            require(agrees, f"{flag(name)} is {saved[name]} in that file; omit it")
     dataset = given.get("dataset", saved.get("dataset", "shapes"))
     preset = PRESETS.get(dataset, PRESETS["folder"])  # a packed network may name its own
     config = Config(**{**preset, **saved, **given})
-    best = getattr(torch.accelerator.current_accelerator(check_available=True), "type", "cpu")
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    best = getattr(accelerator, "type", "cpu")
     if config.device == "auto":
         config.device = best if best in BFLOAT16 else "cpu"
-    require(config.device in (best, "cpu"), f"--device {config.device} is not there; use auto")
-    if config.eval_batch is None:  # small batches stay in a CPU's cache; a GPU wants large ones
+    there = config.device in (best, "cpu")
+    require(there, f"--device {config.device} is not there; use auto")
+    if config.eval_batch is None:  # small batches stay in a CPU's cache
         samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32**2 // max(config.image_size, 32) ** 2)
     for field in dataclasses.fields(Config):
@@ -712,10 +731,9 @@ def complete_config(given: dict) -> Config:
         require(inside, f"{flag(field.name)} must be {about}")
     needed = math.floor(-math.log2(config.alpha)) + 1
     for name in ("n", "search_n", "n_p"):
+        samples = getattr(config, name)
         never = f"certifies nothing at --alpha {config.alpha}; give at least {needed}"
-        require(
-            getattr(config, name) >= needed, f"{flag(name)} {getattr(config, name)} {never}"
-        )
+        require(samples >= needed, f"{flag(name)} {samples} {never}")
     enough = config.batch_size >= 2 * WORLD
     require(enough, f"--batch-size {config.batch_size} is too small for {WORLD} processes")
     fits = config.n_p <= config.search_n
@@ -736,7 +754,7 @@ class ImageSet:
     classes: list[str]
     size: int
     source: list  # uint8 (3, size, size) each, or a file that is decoded when needed
-    ids: list[int] | None = None  # positions in the whole set, which name the images' noise
+    ids: list[int] | None = None  # positions in the whole set: they name the noise
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -759,14 +777,14 @@ class ImageSet:
 
     def batches(self, batches: list) -> Iterator[Tensor]:
         """uint8 images for each indices of many; processes decode large ones ahead."""
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = max(1, min(16, (os.cpu_count() or 1) // processes)) if self.size > 64 else 0
+        processors = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = max(1, min(16, processors)) if self.size > 64 else 0
         # Starting workers must not move the generator that training draws from.
         settings = {"num_workers": workers, "generator": torch.Generator()}
         yield from DataLoader(batches, None, collate_fn=self.read, **settings)
 
     def fingerprint(self) -> str:
-        """A short name for what the set holds, from its classes, labels and a few images."""
+        """A short name for what the set holds, by labels and a few images."""
         probes = self.read(evenly_spaced(min(16, len(self)), len(self)))
         text = json.dumps([self.classes, self.labels, self.size])
         return digest(text.encode() + probes.numpy().tobytes())
@@ -785,7 +803,7 @@ def hold_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
 
 
 def load_images(config: Config, train: bool) -> ImageSet:
-    """The training or the test set. Raises ValueError where it is missing or too small."""
+    """The training or the test set. ValueError where it is missing or too small."""
     root, size = Path(config.data), config.image_size
     test = "test" if (root / "test").is_dir() else "val"
     folder = root / ("train" if train else test)
@@ -854,13 +872,13 @@ PETALS = 0, 2, 3, 4, 5  # of a flower; without any it is a disk
 
 
 def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
-    """Ten classes: flowers, filled or hollow, of own place, size, tilt, colour and ground."""
+    """Ten classes of flowers, each of its own place, size, tilt, colour and ground."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-    classes = [f"{petals} petals, {kind}" for petals in PETALS for kind in ("filled", "hollow")]
+    classes = [f"{n} petals, {fill}" for n in PETALS for fill in ("filled", "hollow")]
     labels = torch.arange(count) * len(classes) // count
     petals, hollow = torch.tensor(PETALS)[labels // 2], labels % 2
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
@@ -892,12 +910,13 @@ def gather(value) -> list:
 
 
 class SharedSmooth(Smooth):
-    """The same certificates, however many processes: each samples some of the images."""
+    """The same certificates, however many processes sample them."""
 
     def predictions(self, images, ids, sizes, key):
-        # Images of wrong class get no samples: every process takes as many of the others.
+        # Images of wrong class get no samples: the others are shared.
         turns = (sizes > 0).cumsum(0) % WORLD
-        table = super().predictions(images, ids, torch.where(turns == RANK, sizes, 0), key)
+        sizes_here = torch.where(turns == RANK, sizes, 0)
+        table = super().predictions(images, ids, sizes_here, key)
         missing = int(sizes.max()) - table.shape[1]
         return sum(gather(F.pad(table, (0, missing))))  # zeros where others sampled
 
@@ -919,12 +938,13 @@ def show_progress(label: str, done: int, total: int, first: int, began: float) -
 
 
 def summarize(rows, network, table, policy: Policy, config: Config, file: Path) -> dict:
-    """What results.json says of a network and its file; one-sided radii unless named."""
+    """What results.json says of a network and its file; radii are one-sided."""
     accuracy, acr = certify.certified_accuracy, certify.average_certified_radius
     two_sided = certify.two_sided(rows)
+    settings = ("sigma", "n0", "n", "alpha", "device")
     return {
         "accuracy": accuracy(rows, 0),
-        "certified_accuracy": {r: accuracy(rows, float(r)) for r in ("0.25", "0.5", "0.75")},
+        "certified_accuracy": {r: accuracy(rows, r) for r in (0.25, 0.5, 0.75)},
         "acr": acr(rows),
         "acr_standard_error": certify.acr_difference(rows)[1],
         "two_sided": {"acr": acr(two_sided), "accuracy": accuracy(two_sided, 0)},
@@ -935,14 +955,15 @@ def summarize(rows, network, table, policy: Policy, config: Config, file: Path) 
         "backend": getattr(network, "backend", "float"),
         "network": digest(file.read_bytes()),
         "images": len(rows),
-        **{name: getattr(config, name) for name in ("sigma", "n0", "n", "alpha", "device")},
+        **{name: getattr(config, name) for name in settings},
     }
 
 
 def cut(value) -> str:
-    """Fractions to four decimals, rounded towards zero: none exceeds what is certified."""
+    """Fractions to four decimals, rounded towards zero."""
     if isinstance(value, float):
-        return f"{int(round(value * 1e4, 9)) / 1e4:.4f}"  # 57 of 100 are 5699.999999999999
+        # 0.57 times 1e4 is 5699.999999999999
+        return f"{int(round(value * 1e4, 9)) / 1e4:.4f}"
     return "none" if value is None else str(value)
 
 
@@ -958,12 +979,12 @@ def report(results: dict, folder: RunFolder) -> None:
     if "acr_difference" in results:
         mean, error = results["acr_difference"].values()
         print(f"ACR less the base's, same images: {mean:+.4f}, standard error {cut(error)}")
-    setting = "sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} per image".format(**results)
-    print(f"{results['images']} test images, {setting}; in {folder.path}/", flush=True)
+    line = "{images} test images, sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} per image"
+    print(f"{line.format(**results)}; in {folder.path}/", flush=True)
 
 
 def main(argv=None) -> int:
-    # glibc returns freed blocks to the system; faulting them in again costs 20 % of the time.
+    # glibc returns freed blocks; faulting them in again costs 20 % of the time.
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         ctypes.CDLL(None).mallopt(-3, 2**30)
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
@@ -980,16 +1001,16 @@ def main(argv=None) -> int:
         return 0
     except KeyboardInterrupt:
         code, message = 130, f"interrupted; {remedy} the run"
-    except (ValueError, FloatingPointError) as error:  # a worker's has its traceback in front
+    except (ValueError, FloatingPointError) as error:  # a worker's starts with a traceback
         line = str(error).strip().splitlines()[-1]
         message = f"error: {line.removeprefix('ValueError: ')}"
-    except OSError as error:  # no permission, no space: whatever was finished is on disk
+    except OSError as error:  # no permission, no space: what was finished is on disk
         where = error.filename or config.out  # a full disk names no file
         message = f"error: {where}: {error.strerror or error}; {remedy}"
     except torch.OutOfMemoryError:
         message = f"error: memory; give a smaller --eval-batch or --batch-size; {remedy}"
     if RANK > 0:
-        time.sleep(3)  # rank 0 prints the error that all have, and torchrun ends the others
+        time.sleep(3)  # rank 0 prints the error that all have
     print(f"arq.py: {message}", file=sys.stderr, flush=True)
     return code
 
