@@ -6,8 +6,6 @@
     network = integer_network(classifier)              # what is evaluated and certified
     data = pack_model(classifier, table, description)  # the same integers as a file
 
-This file stands alone (torch and torchvision).
-
     paper       here            shape, meaning
     P           policy          {layer: [b_w, b_a]}
     b_w, b_a    w_bits, a_bits  bit-widths of a layer's weights and of its input
@@ -218,8 +216,7 @@ class LSQ(nn.Module):
         shape = (channels,) if self.is_weight else ()
         self.register_buffer("signed", torch.tensor(self.is_weight))  # inputs: calibrate
         self.step = nn.Parameter(torch.ones(shape))
-        steps = torch.zeros(MAX_BITS + 1, *shape)  # by bit-width
-        self.register_buffer("initial_steps", steps)
+        self.register_buffer("initial_steps", torch.zeros(MAX_BITS + 1, *shape))  # by bits
 
     @torch.no_grad()
     def observe(self, v: Tensor) -> None:
@@ -231,8 +228,7 @@ class LSQ(nn.Module):
     def set_bits(self, bits: int) -> None:
         """Change the bit-width; start at its initial step. ValueError before `calibrate`."""
         if bits != FLOAT_BITS:
-            calibrated = self.initial_steps[bits].all()
-            require(calibrated, "no step sizes yet: call calibrate before set_policy")
+            require(self.initial_steps[bits].all(), "calibrate before set_policy")
             self.q_min, self.q_max = integer_range(bits, bool(self.signed), self.is_weight)
             self.step.data.copy_(self.initial_steps[bits])
         self.bits = bits
@@ -297,8 +293,7 @@ class QuantLayer(nn.Module):
     def freeze(self) -> "IntegerLayer":
         """norm(conv(a, w) + bias), a = s_a q_a, w = s_w q_w: conv(q_a, q_w) * scale + shift."""
         w, a, norm = self.weight_quantizer, self.input_quantizer, self.norm
-        quantized = w.bits != FLOAT_BITS
-        require(quantized, "a layer of 32 bits has no integers; keep its state_dict")
+        require(w.bits != FLOAT_BITS, "a layer of 32 bits has no integers")
         weight = w.integers(self.weight).to(torch.int8)
         scale = w.step * a.step_for(weight)
         shift = torch.zeros_like(scale) if self.bias is None else self.bias
@@ -384,8 +379,7 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
     for name, module in classifier.named_modules():
         check_weights(name, module)
     parameter = next(classifier.parameters())
-    is_float32 = parameter.dtype == torch.float32
-    require(is_float32, f"the network is in {parameter.dtype}; call float() first")
+    require(parameter.dtype == torch.float32, f"the network is in {parameter.dtype}")
     first = next(module for module in classifier.modules() if isinstance(module, LAYERS))
     channels = getattr(first, "in_channels", 3)
     probe = torch.rand(2, channels, image_size, image_size, device=parameter.device)
@@ -414,8 +408,7 @@ def check_weights(name: str, module: nn.Module) -> None:
 
 
 def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
-    """The logits of a probe (2, C, H, W); the row, shape of the input and name of the
-    BatchNorm of each layer, in order of execution."""
+    """The logits of a probe; each layer's row, input shape and BatchNorm, as they run."""
     body = body_of(classifier)
     names = {module: name for name, module in body.named_modules()}
     layers, outputs, norms = [], [], {}
@@ -437,14 +430,12 @@ def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
     logits = classifier(probe)
     is_logits = isinstance(logits, Tensor) and logits.ndim == 2 == len(logits)
     require(is_logits, f"the network returns a {type(logits).__name__}, not logits")
-    finite = logits.isfinite().all()
-    require(finite, "logits are not finite: check the normalisation")
+    require(logits.isfinite().all(), "logits are not finite: check the normalisation")
     called = [row.name for row, _ in layers]
     for name, module in body.named_modules(remove_duplicate=False):
         if isinstance(module, LAYERS):
             times = called.count(names[module])
-            runs = f"layer {name} runs {times} times in a pass, not once"
-            require(times == 1, f"{runs} (if never: try aux_logits=False)")
+            require(times == 1, f"layer {name} runs {times} times, not once (aux_logits?)")
             require(name == names[module], f"layer {name} has a second name, {names[module]}")
     return logits, [(*layer, norms.get(id(out))) for layer, out in zip(layers, outputs)]
 
@@ -589,8 +580,7 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
     `batch`, by which GPUs choose kernels; layers of 32 bits stay. Backends give the same
     integers up to rounding ties. `network.backend` names what runs. Raises ValueError, which
     names the layer, for inexact sums or numbers that are not finite; so does the network."""
-    frozen = hasattr(classifier, "backend")
-    require(not frozen, "integer_network made this network: give its original")
+    require(not hasattr(classifier, "backend"), "integer_network made this network")
     network, used = copy.deepcopy(classifier), set()
     for name, layer in quant_layers(network).items():
         if layer.w_bits == FLOAT_BITS:
@@ -600,8 +590,7 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
         finite = layer.scale.abs() * 2.0**31 + layer.shift.abs() < LARGEST
         require(finite.all(), f"layer {name}: weights or BatchNorm are not finite")
         backend = next((b for b in backends if has_exact_sums(layer, b, batch)), None)
-        reason = "no sums are exact here, or memory is short; use --device cpu"
-        require(backend, f"layer {name}: {reason}")
+        require(backend, f"layer {name}: no sums are exact here; use --device cpu")
         body_of(network).set_submodule(name, BACKENDS[backend](layer))
         used.add(backend)
     network.backend = "+".join(sorted(used, reverse=True)) or "float"
@@ -665,10 +654,8 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
     require(len(missing) == 0, f"the description lacks {sorted(missing)}")
     arch, given = description["arch"], type(classifier).__name__
     require(arch in NETWORKS, f"NETWORKS has no {arch!r}: nothing could load it")
-    is_classifier = isinstance(classifier, Classifier)
-    require(is_classifier, f"a Classifier is packed, not a {given} without its net")
-    all_named = len(description["classes"]) == table[-1].c_out
-    require(all_named, "the description names more or fewer classes")
+    require(isinstance(classifier, Classifier), f"cannot pack {given} without its net")
+    require(len(description["classes"]) == table[-1].c_out, "more or fewer classes")
     frozen = [quant_layers(classifier)[row.name].freeze() for row in table]
     norms = float_tensors(classifier, table)
     header = {
@@ -701,11 +688,9 @@ def read_packed(path) -> tuple[dict, bytes] | None:
 
 
 def load_model(path) -> tuple[Classifier, list[Layer], dict]:
-    """What pack_model saved: the frozen classifier, its layer table, its description.
-    `integer_network` makes it fast. Raises ValueError for other and broken files."""
-    packed = read_packed(path)
-    require(packed, f"{path}: not a network saved by this program")
-    saved, data = packed
+    """What pack_model saved: frozen classifier, table, description. ValueError: broken."""
+    saved, data = read_packed(path) or (None, None)
+    require(saved, f"{path}: not a network saved by this program")
     if saved.get("option_a"):
         raise ValueError(f"{path} has shortcuts without weights, of an older version")
     numbers = len(saved["classes"]), saved["mean"], saved["std"]
@@ -736,8 +721,7 @@ warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 
 
 class Int8Layer(IntegerLayer):
-    """The same integers on oneDNN, from floats, or from uint8 with zero point -q_min.
-    After the sums a ReLU; out come floats, or the integers of a layer that reads them."""
+    """The same on oneDNN: from floats or uint8; a ReLU; to floats or a reader's uint8."""
 
     backend = "int8"
 
@@ -793,8 +777,7 @@ class Int8Layer(IntegerLayer):
         results = shift, *self.settings, 1.0, *output
         if residual is None:
             return op(*operands, *results, relu, [], "")
-        # laid out as the kernel's output
-        residual = residual.contiguous(memory_format=torch.channels_last)
+        residual = residual.contiguous(memory_format=torch.channels_last)  # as the output
         return op.binary(*operands, residual, *results, 1.0, 0, "sum", 1.0, relu, [], "")
 
     def __reduce_ex__(self, protocol):
@@ -847,8 +830,7 @@ def fuse_blocks(network: nn.Module) -> None:
             reads_kernel = name in fused
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(8, *body.conv1.in_shape, generator=generator)
-    x += 0.25 * torch.randn(x.shape, generator=generator)
-    x = x.to(body.fc.weight.device)
+    x = (x + 0.25 * torch.randn(x.shape, generator=generator)).to(body.fc.weight.device)
     layered, expected = {name: body.get_submodule(name) for name in fused}, network(x)
     for name, module in fused.items():
         body.set_submodule(name, module)
