@@ -122,7 +122,7 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
     `linear` and `shortcut` are renamed. ValueError names missing and unexpected tensors."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types
+    except Exception as error:
         reason = (str(error) or "it is empty").splitlines()[0][:80]
         raise ValueError(f"{path}: not a checkpoint of tensors ({reason})") from None
     for key in ("state_dict", "net", "model"):
@@ -142,7 +142,7 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         message = f"{path} holds no {arch} with {num_classes} classes"
-        raise ValueError(f"{message}; give the --arch of its training ({reason})") from None
+        raise ValueError(f"{message}; give its --arch ({reason})") from None
     return classifier
 
 
@@ -226,7 +226,7 @@ class LSQ(nn.Module):
             self.initial_steps[bits] = self.initial_step(v, *bounds).view(self.step.shape)
 
     def set_bits(self, bits: int) -> None:
-        """Change the bit-width; start at its initial step. ValueError before `calibrate`."""
+        """Change the bit-width; start at its initial step, of `calibrate`."""
         if bits != FLOAT_BITS:
             require(self.initial_steps[bits].all(), "calibrate before set_policy")
             self.q_min, self.q_max = integer_range(bits, bool(self.signed), self.is_weight)
@@ -255,7 +255,7 @@ AS_CONVOLUTION = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "grou
 
 
 def check_input(name: str, x: Tensor) -> None:
-    """Raises ValueError unless a layer's input is finite, (B, C, H, W) or (B, features)."""
+    """ValueError unless an input is finite, (B, C, H, W) or (B, features)."""
     if x.ndim not in (2, 4):
         raise ValueError(f"layer {name}: its input {tuple(x.shape)} has no batch axis")
     if not x.sum().isfinite():
@@ -291,7 +291,7 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> "IntegerLayer":
-        """norm(conv(a, w) + bias), a = s_a q_a, w = s_w q_w: conv(q_a, q_w) * scale + shift."""
+        """norm(conv(s_a q_a, s_w q_w) + bias) as conv(q_a, q_w) * scale + shift."""
         w, a, norm = self.weight_quantizer, self.input_quantizer, self.norm
         require(w.bits != FLOAT_BITS, "a layer of 32 bits has no integers")
         weight = w.integers(self.weight).to(torch.int8)
@@ -340,7 +340,7 @@ class IntegerLayer(nn.Module):
         return torch.addcmul(shift, self.accumulate(q), scale)
 
     def accumulate(self, q: Tensor) -> Tensor:
-        """conv(q, weight) for integers q given as floats: exact, rounded to float32 once."""
+        """conv(q, weight) for integers q, as floats: exact, rounded once."""
         return F.conv2d(q.to(self.sum_type), self.weight.to(self.sum_type), **self.conv).float()
 
 
@@ -444,7 +444,7 @@ def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> Layer:
     """The row of a layer that made out of x."""
     batch = x.ndim == (2 if isinstance(module, nn.Linear) else 4) and len(x) == 2
     shape = tuple(x.shape)
-    require(batch, f"layer {name} is on {shape}, not on (B, features) or (B, C, H, W)")
+    require(batch, f"layer {name} is on {shape}, not (B, features) or maps")
     side = 1, 1, 1  # kernel, stride, map
     if isinstance(module, nn.Conv2d):
         side = module.kernel_size[0], module.stride[0], shape[-1]
@@ -481,7 +481,7 @@ def live_layers(classifier: nn.Module) -> dict[str, QuantLayer]:
 
 
 def check_policy(names: Sequence[str], policy: Policy) -> None:
-    """Raises ValueError unless the policy gives each layer two possible bit-widths."""
+    """ValueError unless the policy gives each layer two possible bit-widths."""
     is_policy = isinstance(policy, dict) and set(policy) == set(names)
     require(is_policy, f"a policy names exactly the layers {list(names)[:3]} ...")
     for name, bits in policy.items():
@@ -599,7 +599,7 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
 
 
 def has_exact_sums(layer: IntegerLayer, backend: str, batch: int) -> bool:
-    """Whether random inputs, and the largest, which saturate without VNNI, add up exactly."""
+    """Whether random and largest inputs (saturated without VNNI) add up exactly."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(layer.q_min, layer.q_max + 1, (2, *layer.in_shape), generator=generator)
     half = (layer.in_shape[1] + 1) // 2
@@ -768,7 +768,7 @@ class Int8Layer(IntegerLayer):
         """round(x / step) - q_min, clipped: one pass, four times as fast."""
         packed = torch.quantize_per_tensor(x, step, -self.q_min, torch.quint8)
         q = torch.empty(0, dtype=torch.uint8)
-        q.set_(packed.untyped_storage(), 0, packed.shape, packed.stride())  # its bytes, no copy
+        q.set_(packed.untyped_storage(), 0, packed.shape, packed.stride())  # no copy
         return q.clamp_(max=self.q_max - self.q_min)
 
     def _convolve(self, q, epilogue, relu: str, output: tuple, residual=None) -> Tensor:
