@@ -6,8 +6,6 @@
     network = integer_network(classifier)              # what is evaluated and certified
     data = pack_model(classifier, table, description)  # the same integers as a file
 
-This file stands alone (torch and torchvision).
-
     paper       here            shape, meaning
     P           policy          {layer: [b_w, b_a]}
     b_w, b_a    w_bits, a_bits  bit-widths of a layer's weights and of its input
@@ -124,7 +122,7 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
     `linear` and `shortcut` are renamed. ValueError names missing and unexpected tensors."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many types
+    except Exception as error:
         reason = (str(error) or "it is empty").splitlines()[0][:80]
         raise ValueError(f"{path}: not a checkpoint of tensors ({reason})") from None
     for key in ("state_dict", "net", "model"):
@@ -144,7 +142,7 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         message = f"{path} holds no {arch} with {num_classes} classes"
-        raise ValueError(f"{message}; give the --arch of its training ({reason})") from None
+        raise ValueError(f"{message}; give its --arch ({reason})") from None
     return classifier
 
 
@@ -218,8 +216,7 @@ class LSQ(nn.Module):
         shape = (channels,) if self.is_weight else ()
         self.register_buffer("signed", torch.tensor(self.is_weight))  # inputs: calibrate
         self.step = nn.Parameter(torch.ones(shape))
-        steps = torch.zeros(MAX_BITS + 1, *shape)  # by bit-width
-        self.register_buffer("initial_steps", steps)
+        self.register_buffer("initial_steps", torch.zeros(MAX_BITS + 1, *shape))  # by bits
 
     @torch.no_grad()
     def observe(self, v: Tensor) -> None:
@@ -229,10 +226,9 @@ class LSQ(nn.Module):
             self.initial_steps[bits] = self.initial_step(v, *bounds).view(self.step.shape)
 
     def set_bits(self, bits: int) -> None:
-        """Change the bit-width; start at its initial step. ValueError before `calibrate`."""
+        """Change the bit-width; start at its initial step, of `calibrate`."""
         if bits != FLOAT_BITS:
-            calibrated = self.initial_steps[bits].all()
-            require(calibrated, "no step sizes yet: call calibrate before set_policy")
+            require(self.initial_steps[bits].all(), "calibrate before set_policy")
             self.q_min, self.q_max = integer_range(bits, bool(self.signed), self.is_weight)
             self.step.data.copy_(self.initial_steps[bits])
         self.bits = bits
@@ -259,7 +255,7 @@ AS_CONVOLUTION = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "grou
 
 
 def check_input(name: str, x: Tensor) -> None:
-    """Raises ValueError unless a layer's input is finite, (B, C, H, W) or (B, features)."""
+    """ValueError unless an input is finite, (B, C, H, W) or (B, features)."""
     if x.ndim not in (2, 4):
         raise ValueError(f"layer {name}: its input {tuple(x.shape)} has no batch axis")
     if not x.sum().isfinite():
@@ -295,10 +291,9 @@ class QuantLayer(nn.Module):
 
     @torch.no_grad()
     def freeze(self) -> "IntegerLayer":
-        """norm(conv(a, w) + bias), a = s_a q_a, w = s_w q_w: conv(q_a, q_w) * scale + shift."""
+        """norm(conv(s_a q_a, s_w q_w) + bias) as conv(q_a, q_w) * scale + shift."""
         w, a, norm = self.weight_quantizer, self.input_quantizer, self.norm
-        quantized = w.bits != FLOAT_BITS
-        require(quantized, "a layer of 32 bits has no integers; keep its state_dict")
+        require(w.bits != FLOAT_BITS, "a layer of 32 bits has no integers")
         weight = w.integers(self.weight).to(torch.int8)
         scale = w.step * a.step_for(weight)
         shift = torch.zeros_like(scale) if self.bias is None else self.bias
@@ -345,7 +340,7 @@ class IntegerLayer(nn.Module):
         return torch.addcmul(shift, self.accumulate(q), scale)
 
     def accumulate(self, q: Tensor) -> Tensor:
-        """conv(q, weight) for integers q given as floats: exact, rounded to float32 once."""
+        """conv(q, weight) for integers q, as floats: exact, rounded once."""
         return F.conv2d(q.to(self.sum_type), self.weight.to(self.sum_type), **self.conv).float()
 
 
@@ -384,8 +379,7 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
     for name, module in classifier.named_modules():
         check_weights(name, module)
     parameter = next(classifier.parameters())
-    is_float32 = parameter.dtype == torch.float32
-    require(is_float32, f"the network is in {parameter.dtype}; call float() first")
+    require(parameter.dtype == torch.float32, f"the network is in {parameter.dtype}")
     first = next(module for module in classifier.modules() if isinstance(module, LAYERS))
     channels = getattr(first, "in_channels", 3)
     probe = torch.rand(2, channels, image_size, image_size, device=parameter.device)
@@ -414,8 +408,7 @@ def check_weights(name: str, module: nn.Module) -> None:
 
 
 def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
-    """The logits of a probe (2, C, H, W); the row, shape of the input and name of the
-    BatchNorm of each layer, in order of execution."""
+    """The logits of a probe; each layer's row, input shape and BatchNorm, as they run."""
     body = body_of(classifier)
     names = {module: name for name, module in body.named_modules()}
     layers, outputs, norms = [], [], {}
@@ -437,14 +430,12 @@ def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
     logits = classifier(probe)
     is_logits = isinstance(logits, Tensor) and logits.ndim == 2 == len(logits)
     require(is_logits, f"the network returns a {type(logits).__name__}, not logits")
-    finite = logits.isfinite().all()
-    require(finite, "logits are not finite: check the normalisation")
+    require(logits.isfinite().all(), "logits are not finite: check the normalisation")
     called = [row.name for row, _ in layers]
     for name, module in body.named_modules(remove_duplicate=False):
         if isinstance(module, LAYERS):
             times = called.count(names[module])
-            runs = f"layer {name} runs {times} times in a pass, not once"
-            require(times == 1, f"{runs} (if never: try aux_logits=False)")
+            require(times == 1, f"layer {name} runs {times} times, not once (aux_logits?)")
             require(name == names[module], f"layer {name} has a second name, {names[module]}")
     return logits, [(*layer, norms.get(id(out))) for layer, out in zip(layers, outputs)]
 
@@ -453,7 +444,7 @@ def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> Layer:
     """The row of a layer that made out of x."""
     batch = x.ndim == (2 if isinstance(module, nn.Linear) else 4) and len(x) == 2
     shape = tuple(x.shape)
-    require(batch, f"layer {name} is on {shape}, not on (B, features) or (B, C, H, W)")
+    require(batch, f"layer {name} is on {shape}, not (B, features) or maps")
     side = 1, 1, 1  # kernel, stride, map
     if isinstance(module, nn.Conv2d):
         side = module.kernel_size[0], module.stride[0], shape[-1]
@@ -490,7 +481,7 @@ def live_layers(classifier: nn.Module) -> dict[str, QuantLayer]:
 
 
 def check_policy(names: Sequence[str], policy: Policy) -> None:
-    """Raises ValueError unless the policy gives each layer two possible bit-widths."""
+    """ValueError unless the policy gives each layer two possible bit-widths."""
     is_policy = isinstance(policy, dict) and set(policy) == set(names)
     require(is_policy, f"a policy names exactly the layers {list(names)[:3]} ...")
     for name, bits in policy.items():
@@ -589,8 +580,7 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
     `batch`, by which GPUs choose kernels; layers of 32 bits stay. Backends give the same
     integers up to rounding ties. `network.backend` names what runs. Raises ValueError, which
     names the layer, for inexact sums or numbers that are not finite; so does the network."""
-    frozen = hasattr(classifier, "backend")
-    require(not frozen, "integer_network made this network: give its original")
+    require(not hasattr(classifier, "backend"), "integer_network made this network")
     network, used = copy.deepcopy(classifier), set()
     for name, layer in quant_layers(network).items():
         if layer.w_bits == FLOAT_BITS:
@@ -600,8 +590,7 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
         finite = layer.scale.abs() * 2.0**31 + layer.shift.abs() < LARGEST
         require(finite.all(), f"layer {name}: weights or BatchNorm are not finite")
         backend = next((b for b in backends if has_exact_sums(layer, b, batch)), None)
-        reason = "no sums are exact here, or memory is short; use --device cpu"
-        require(backend, f"layer {name}: {reason}")
+        require(backend, f"layer {name}: no sums are exact here; use --device cpu")
         body_of(network).set_submodule(name, BACKENDS[backend](layer))
         used.add(backend)
     network.backend = "+".join(sorted(used, reverse=True)) or "float"
@@ -610,7 +599,7 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
 
 
 def has_exact_sums(layer: IntegerLayer, backend: str, batch: int) -> bool:
-    """Whether random inputs, and the largest, which saturate without VNNI, add up exactly."""
+    """Whether random and largest inputs (saturated without VNNI) add up exactly."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(layer.q_min, layer.q_max + 1, (2, *layer.in_shape), generator=generator)
     half = (layer.in_shape[1] + 1) // 2
@@ -665,10 +654,8 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
     require(len(missing) == 0, f"the description lacks {sorted(missing)}")
     arch, given = description["arch"], type(classifier).__name__
     require(arch in NETWORKS, f"NETWORKS has no {arch!r}: nothing could load it")
-    is_classifier = isinstance(classifier, Classifier)
-    require(is_classifier, f"a Classifier is packed, not a {given} without its net")
-    all_named = len(description["classes"]) == table[-1].c_out
-    require(all_named, "the description names more or fewer classes")
+    require(isinstance(classifier, Classifier), f"cannot pack {given} without its net")
+    require(len(description["classes"]) == table[-1].c_out, "more or fewer classes")
     frozen = [quant_layers(classifier)[row.name].freeze() for row in table]
     norms = float_tensors(classifier, table)
     header = {
@@ -701,11 +688,9 @@ def read_packed(path) -> tuple[dict, bytes] | None:
 
 
 def load_model(path) -> tuple[Classifier, list[Layer], dict]:
-    """What pack_model saved: the frozen classifier, its layer table, its description.
-    `integer_network` makes it fast. Raises ValueError for other and broken files."""
-    packed = read_packed(path)
-    require(packed, f"{path}: not a network saved by this program")
-    saved, data = packed
+    """What pack_model saved: frozen classifier, table, description. ValueError: broken."""
+    saved, data = read_packed(path) or (None, None)
+    require(saved, f"{path}: not a network saved by this program")
     if saved.get("option_a"):
         raise ValueError(f"{path} has shortcuts without weights, of an older version")
     numbers = len(saved["classes"]), saved["mean"], saved["std"]
@@ -736,8 +721,7 @@ warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 
 
 class Int8Layer(IntegerLayer):
-    """The same integers on oneDNN, from floats, or from uint8 with zero point -q_min.
-    After the sums a ReLU; out come floats, or the integers of a layer that reads them."""
+    """The same on oneDNN: from floats or uint8; a ReLU; to floats or a reader's uint8."""
 
     backend = "int8"
 
@@ -784,7 +768,7 @@ class Int8Layer(IntegerLayer):
         """round(x / step) - q_min, clipped: one pass, four times as fast."""
         packed = torch.quantize_per_tensor(x, step, -self.q_min, torch.quint8)
         q = torch.empty(0, dtype=torch.uint8)
-        q.set_(packed.untyped_storage(), 0, packed.shape, packed.stride())  # its bytes, no copy
+        q.set_(packed.untyped_storage(), 0, packed.shape, packed.stride())  # no copy
         return q.clamp_(max=self.q_max - self.q_min)
 
     def _convolve(self, q, epilogue, relu: str, output: tuple, residual=None) -> Tensor:
@@ -793,8 +777,7 @@ class Int8Layer(IntegerLayer):
         results = shift, *self.settings, 1.0, *output
         if residual is None:
             return op(*operands, *results, relu, [], "")
-        # laid out as the kernel's output
-        residual = residual.contiguous(memory_format=torch.channels_last)
+        residual = residual.contiguous(memory_format=torch.channels_last)  # as the output
         return op.binary(*operands, residual, *results, 1.0, 0, "sum", 1.0, relu, [], "")
 
     def __reduce_ex__(self, protocol):
@@ -847,8 +830,7 @@ def fuse_blocks(network: nn.Module) -> None:
             reads_kernel = name in fused
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(8, *body.conv1.in_shape, generator=generator)
-    x += 0.25 * torch.randn(x.shape, generator=generator)
-    x = x.to(body.fc.weight.device)
+    x = (x + 0.25 * torch.randn(x.shape, generator=generator)).to(body.fc.weight.device)
     layered, expected = {name: body.get_submodule(name) for name in fused}, network(x)
     for name, module in fused.items():
         body.set_submodule(name, module)
