@@ -6,7 +6,7 @@
     cache = g.certify_and_cache(images, labels)  # CERTIFY, keeping what f predicted
     Smooth(changed, 10, 0.25).certify_incremental(images, cache, n_p=100)  # IRS
 
-This file stands alone (torch, scipy). Pixels are k / 255 in [0, 1], sigma and radii in their
+This file stands alone. Pixels are k / 255 in [0, 1], sigma and radii in their
 units; noise is added before any normalisation.
 
     paper     here        meaning
@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 ABSTAIN = -1
 METHODS = "none", "fresh", "replayed"  # of an incremental certificate
-CHUNK = 100  # samples drawn at a time, whatever the batch size
+CHUNK = 100  # samples drawn at a time
 MARGIN = 1e-12  # against rounding: errors are below 7e-14 of a bound, 1e-15 sigma
 
 
@@ -94,7 +94,7 @@ def noise_table(sigma: float, levels: int, device) -> tuple[int, Tensor, Tensor]
     the lowest m; 2^62 P[<= m]; m by 16 of 62 random bits, nan where the others decide."""
     lowest = -math.ceil(9.1 * levels * sigma)  # less than 2^-62 lies beyond
     m = torch.arange(lowest, 1 - lowest)
-    # P[m] is the density's integral: differences of Phi would be 50 times less precise.
+    # The density's integral: differences of Phi would be 50 times less precise.
     points, weights = map(torch.from_numpy, roots_legendre(10))
     t = (m[:, None] + points / 2) / (levels * sigma)
     p = (-t * t / 2).exp() @ weights
@@ -248,14 +248,14 @@ class Smooth:
         votes, classes = counts.topk(2, dim=1)
         n_a, n_b = votes.T
         # if BinomPValue(n_A, n_A + n_B, 0.5) <= alpha return c_A, else ABSTAIN:
-        # then the bound of P[c_A | c_A or c_B] at alpha / 2 reaches 1/2
+        # then the bound of P[c_A] in c_A, c_B reaches 1/2
         p_a = lower_confidence_bound(n_a, n_a + n_b, alpha)
         return torch.where(p_a >= 0.5, classes[:, 0], ABSTAIN).tolist()
 
     def certify_incremental(self, images, cache, n_p, alpha_zeta=0.001, gamma=0.99):
         """IRS (Ugare et al., Algorithm 2): certify a changed f^P with n_p samples, not n.
         With probability 1 - (alpha + alpha_zeta) each, g^P predicts `predict` within `radius`,
-        for an f^P chosen without the cache's noise (unlike a search's best).
+        for an f^P chosen without this noise (a search uses it).
 
         Why alpha + alpha_zeta, with the fresh branch bounded at alpha? Let p = P[f = c_A].
         If p >= gamma, a replay's p_A is below p: it fails by zeta alone; a fresh bound fails
@@ -264,7 +264,7 @@ class Smooth:
         n, row = cache.predictions.shape[1], cache.certificates[0]
         alpha, theirs = row.alpha, (row.sigma, row.levels)
         ours = self.sigma, self.levels
-        require(theirs == ours, f"sigma, levels: {theirs} in the cache, not {ours}")
+        require(theirs == ours, f"sigma, levels: the cache has {theirs}, not {ours}")
         require(n_p <= n, f"n_p = {n_p} exceeds the {n} cached samples")
         alpha_zeta = self._left_of(alpha_zeta, images, n_p)
         # c_A, p_A <- what f was certified with
@@ -357,7 +357,7 @@ class Smooth:
         """f's classes (B,); whatever is no answer is refused."""
         if isinstance(self.classifier, nn.Module):
             for module in self.classifier.modules():
-                require(not module.training, "training mode: call the classifier's eval()")
+                require(not module.training, "training mode: call eval()")
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     averaged = module.running_mean is not None
                     require(averaged, "a BatchNorm without running statistics")
@@ -395,7 +395,7 @@ def _full_batches(parts, size: int):
 # ---- aggregates and files ----
 def two_sided(rows: list[Certificate]) -> list[Certificate]:
     """The same by Theorem 2.1, p_A and p_B at alpha / 2 each; n_b bounds the runner-up.
-    Either radius fails with alpha; the larger, taken afterwards, with 1.5 alpha."""
+    Either radius fails with alpha; the larger of both with 1.5 alpha."""
     certificates = []
     for row in rows:
         counted = getattr(row, "n_b", None) is not None
