@@ -121,8 +121,7 @@ def evaluate_policy(policy, cache, start, train_images, search_pixels, config, f
     g = smooth(network, train_images.classes, config, "finalists")
     if final:
         labels, ids = zip(*[(row.label, row.idx) for row in cache.certificates])
-        sizes = config.n0, config.search_n, config.alpha
-        rows = g.certify(search_pixels, labels, ids, *sizes)
+        rows = g.certify(search_pixels, labels, ids, config.n0, config.search_n, config.alpha)
     else:
         bounds = config.alpha_zeta, config.gamma
         rows = g.certify_incremental(search_pixels, cache, config.n_p, *bounds)
@@ -151,13 +150,8 @@ def search(cache, environment, agent, evaluate, reward=relative_gain) -> Iterato
         # 5: the agent learns from the reward
         gain = reward(acr, base_acr)
         agent.learn(states, actions, gain)
-        yield {
-            "episode": episode,
-            "acr": acr,
-            "reward": gain,
-            "noise": noise,
-            "policy": policy,
-        }
+        record = {"episode": episode, "acr": acr, "reward": gain, "noise": noise}
+        yield record | {"policy": policy}
 
 
 def reevaluate_finalists(records, count: int, evaluate, cache) -> Iterator[dict]:
@@ -170,13 +164,8 @@ def reevaluate_finalists(records, count: int, evaluate, cache) -> Iterator[dict]
     ranked = sorted(by_policy.values(), key=lambda record: record["acr"], reverse=True)
     already = len(records) - len(episodes)
     for record in ranked[already:count]:
-        acr = evaluate(record["policy"], cache)
-        yield {
-            "episode": record["episode"],
-            "finalist": True,
-            "acr": acr,
-            "policy": record["policy"],
-        }
+        known = {"episode": record["episode"], "policy": record["policy"]}
+        yield known | {"finalist": True, "acr": evaluate(record["policy"], cache)}
 
 
 def best_policy(records: list[dict]) -> Policy:
@@ -269,8 +258,7 @@ def train(
                 losses = loss(network, x, noise, labels[chosen].to(device))
             require(losses.shape == chosen.shape, "a loss returns one value per image, (B,)")
             optimizer.zero_grad()
-            # Processes average their gradients.
-            (WORLD * losses.sum() / batch_size).backward()
+            (WORLD * losses.sum() / batch_size).backward()  # processes average gradients
             optimizer.step()
             if save is not None:
                 show_progress("batch", index + 1, num_batches, first, began)
@@ -915,8 +903,7 @@ class SharedSmooth(Smooth):
     def predictions(self, images, ids, sizes, key):
         # Images of wrong class get no samples: the others are shared.
         turns = (sizes > 0).cumsum(0) % WORLD
-        sizes_here = torch.where(turns == RANK, sizes, 0)
-        table = super().predictions(images, ids, sizes_here, key)
+        table = super().predictions(images, ids, torch.where(turns == RANK, sizes, 0), key)
         missing = int(sizes.max()) - table.shape[1]
         return sum(gather(F.pad(table, (0, missing))))  # zeros where others sampled
 
@@ -962,8 +949,7 @@ def summarize(rows, network, table, policy: Policy, config: Config, file: Path) 
 def cut(value) -> str:
     """Fractions to four decimals, rounded towards zero."""
     if isinstance(value, float):
-        # 0.57 times 1e4 is 5699.999999999999
-        return f"{int(round(value * 1e4, 9)) / 1e4:.4f}"
+        return f"{int(round(value * 1e4, 9)) / 1e4:.4f}"  # 0.57e4 is 5699.999999999999
     return "none" if value is None else str(value)
 
 
