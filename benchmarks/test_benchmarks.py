@@ -314,10 +314,11 @@ def test_a_cell_rests_on_its_certificates_and_is_made_once(tmp_path, monkeypatch
     monkeypatch.setattr(compare, "RUNS", tmp_path / "runs")
     words = "--dataset shapes --device cpu --finalists 1 --search-images 12 --image-size 16"
     words += " --search-n 40 --n-p 20 --episodes 3 --episode-batches 1 --finetune-epochs 0.3"
+    words += " --images 6 --n0 20 --alpha 0.1 --distill 0.5"
     images = functools.cache(arq.draw_shapes)
     fewer = lambda count, seed, size: images(count // 8, seed, size)  # noqa: E731
     monkeypatch.setattr(arq, "draw_shapes", fewer)
-    monkeypatch.setattr(compare, "FRAME", words + " --images 6 --n0 20 --distill 0.5")
+    monkeypatch.setattr(compare, "FRAME", words)
     monkeypatch.setattr(compare, "HAQ_IMAGES", 50)
     monkeypatch.setattr(compare, "SHARED_EPOCHS", 0.5)
     methods = "base control ARQ HAQ evolution LIMPQ NIPQ uniform".split()
