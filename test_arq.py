@@ -1983,18 +1983,17 @@ def wait_for(process: subprocess.Popen, text: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_killed_anywhere_continues_bit_for_bit(finished_run, tmp_path):
-    """Two SIGKILLs at seeded random moments; then every file is that of the finished run."""
-    moments = random.Random(5)
+    """SIGKILL at a seeded random moment; then every file is that of the finished run."""
+    moment = random.Random(5)
     command = [*SMALL, "--out", "run"]
-    for _ in range(2):
-        process = run_command(command, cwd=tmp_path)
-        wait_for(process, "run folder")
-        for _ in range(moments.randint(1, 4)):
-            process.stdout.readline()
-        time.sleep(moments.uniform(0, 0.8))
-        assert process.poll() is None
-        process.kill()
-        process.communicate()
+    process = run_command(command, cwd=tmp_path)
+    wait_for(process, "run folder")
+    for _ in range(moment.randint(1, 4)):
+        process.stdout.readline()
+    time.sleep(moment.uniform(0, 0.8))
+    assert process.poll() is None
+    process.kill()
+    process.communicate()
     process = run_command(command, cwd=tmp_path)
     output = process.communicate()[0]
     assert process.returncode == 0, output
@@ -2116,7 +2115,7 @@ def test_an_unreadable_image_in_an_epoch(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     image_tree(tmp_path / "data")
     options = (
-        "--arch resnet8 --epochs 3 --episodes 2 --episode-batches 1 --finetune-epochs 0.5 "
+        "--arch resnet8 --epochs 2 --episodes 1 --episode-batches 1 --finetune-epochs 0.5 "
         "--n 20 --search-n 10 --n-p 10 --image-size 72 --data data --out run --finalists 0"
     )
     command = [*FOLDER, *options.split()]
@@ -2262,7 +2261,7 @@ def test_benchmarks_set_no_attribute_of_a_module():
 def test_the_repository_is_light():
     scripts = list(HERE.glob("benchmarks/*.py"))
     lines = sum(len(path.read_text().splitlines()) for path in scripts)
-    assert len(scripts) <= 10 and lines <= 2450
+    assert len(scripts) <= 10 and lines <= 2290
     files = [path for path in HERE.glob("results/**/*") if path.is_file()]
     assert len(files) <= 40 and sum(path.stat().st_size for path in files) <= 2.5e6
     assert len((HERE / "README.md").read_bytes()) <= 12 * 1024

@@ -22,14 +22,13 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import arq
 import certify
-import models
+from benchmarks.certificates import build_networks
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGES, N, ALPHA = 40, 1000, 0.001
 REACH = {"inside": 0.999, "twice": 2.0}  # how far the attacker may go, in certified radii
 STEPS, DRAWS = 20, 16  # of gradient ascent; noisy copies in each
 BLOCK = 10  # images attacked together
-TUNING_BATCHES = 100
 
 
 def smoothed_loss(classifier, x, labels, sigma: float, generator) -> Tensor:
@@ -95,28 +94,17 @@ def smooth(network, config, purpose: str) -> certify.Smooth:
     return certify.Smooth(network, 10, *settings, levels=None)  # the attacker's pixels are real
 
 
-def four_bit_copy(base, config):
-    """First and last layer at 8 bits; calibrated and briefly fine-tuned, as in an episode."""
-    images = arq.load_images(config, train=True)
-    train_images, search_images = arq.hold_out(images, config.search_images)
-    classifier, table = arq.prepare(base, search_images, config)
-    models.set_policy(classifier, models.uniform_policy(table, 4))
-    arq.train(classifier, train_images, config, TUNING_BATCHES, arq.EPISODE_LR, "episode")
-    return classifier
-
-
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", default="data", help="image tree of CIFAR-10")
     parser.add_argument("--checkpoint", required=True, help="float ResNet-20")
     options = parser.parse_args(argv)
     words = "--dataset cifar10 --sigma 0.25".split()
-    files = ["--data", options.data, "--checkpoint", options.checkpoint]
-    config = arq.parse_config([*words, *files])
+    config = arq.parse_config([*words, "--data", options.data])
     images = arq.load_images(config, train=False)
     images = images.subset(arq.evenly_spaced(IMAGES, len(images)))
-    base = arq.build_base(config, 10)
-    networks = {"float": base, "4 bits": four_bit_copy(base, config)}
+    classifiers = build_networks(config, options.checkpoint)
+    networks = {"float": classifiers["float"], "4 bits": classifiers["4 bit"]}
     results = {"sigma": config.sigma, "images": IMAGES, "steps": STEPS, "draws": DRAWS}
     results |= {"n": N, "alpha": ALPHA, "reach": REACH, "networks": {}}
     for name, classifier in networks.items():

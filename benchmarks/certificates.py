@@ -36,17 +36,17 @@ LEVEL = 0.9  # of the ACR of n samples
 
 
 # ---- predictions are collected ----
-def build_networks(options, config) -> dict:
-    """The float network, and its copies of few bits as they are certified."""
+def build_networks(config, checkpoint) -> dict:
+    """The float network, and its copies of few bits as training simulates them."""
     train_images, held_out = arq.hold_out(arq.load_images(config, train=True), 500)
-    config.checkpoint = f"{options.checkpoints}/resnet20_cifar10_sigma{config.sigma:.2f}.pt"
+    config.checkpoint = checkpoint
     networks = {"float": arq.build_base(config, 10)}
     start, table = arq.prepare(networks["float"], held_out, config)
     for name, num_batches in TUNING_BATCHES.items():
         classifier = copy.deepcopy(start)
         models.set_policy(classifier, models.uniform_policy(table, int(name[0])))
         arq.train(classifier, train_images, config, num_batches, arq.EPISODE_LR, "episode")
-        networks[name] = arq.integer_network(classifier, config)
+        networks[name] = classifier
     return networks
 
 
@@ -62,7 +62,9 @@ def collect(options, sigma: str) -> dict:
     ids = range(50, 5000, 5000 // IMAGES)
     x = images.batch(ids, config.device)
     collected = {"label": torch.tensor(images.labels)[ids]}
-    for name, network in build_networks(options, config).items():
+    checkpoint = f"{options.checkpoints}/resnet20_cifar10_sigma{sigma}.pt"
+    for name, classifier in build_networks(config, checkpoint).items():
+        network = arq.integer_network(classifier, config)
         g = Smooth(network, 10, config.sigma, batch_size=config.eval_batch)
         if name == "float":
             collected["selected"] = g.sample_under_noise(x, ids, N0, "select").argmax(1)

@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import platform
+import shutil
 import statistics
 import sys
 from functools import partial
@@ -44,8 +45,8 @@ METHODS += ["HAQ", "random", "uniform"]  # in the order of the tables
 
 
 def cell(method: str, sigma: float, budget: float, seed: int = 0, n: int = 1000) -> dict:
-    budget = 1.0 if method in FLOAT else budget
-    return {"method": method, "sigma": sigma, "budget": budget, "seed": seed, "n": n}
+    place = {"sigma": sigma, "budget": 1.0 if method in FLOAT else budget}
+    return {"method": method, **place, "seed": seed, "n": n}
 
 
 SIGMAS = 0.25, 0.5, 1.0
@@ -85,9 +86,7 @@ class Frame:
         self.test_images = tests.subset(arq.evenly_spaced(config.images, len(tests)))
         self.base = arq.build_base(config, len(images.classes))
         self.table = models.quantize_model(copy.deepcopy(self.base), config.image_size)
-        contents = {"training set": images.fingerprint(), "test set": tests.fingerprint()}
-        contents["checkpoint"] = arq.digest(checkpoint.read_bytes())
-        self.options = dataclasses.asdict(config) | contents | {"n": None}
+        self.options = dataclasses.asdict(config) | {"n": None}
 
     def folder(self, name: str, **ignored) -> arq.RunFolder:
         """A run folder; `ignored` options may differ from those that it was made with."""
@@ -99,11 +98,9 @@ class Frame:
         folder = self.folder(f"base-{of_seed}", budget=None, episodes=None)
         work = partial(arq.certify_images, self.base, self.search_images, config, "search")
         file = folder.make("certify the base, search images", "search_cache.pt", work)
-        folder.lock.close()
         self.cache = arq.read_cache(file)
         folder = self.folder(f"shared-{of_seed}-budget{config.budget:g}", episodes=None)
         file = folder.make("train for all policies", "start.pt", partial(train_shared, self))
-        folder.lock.close()
         network = copy.deepcopy(self.base)
         network.load_state_dict(arq.read_state(file))
         self.start, _ = arq.prepare(network, self.search_images, config)
@@ -206,11 +203,9 @@ def run(c: dict, frame: Frame) -> dict:
     work = partial(arq.certify_images, network, frame.test_images, config, purpose)
     rows_file = folder.make(f"certify, n = {c['n']}", f"certificates-n{c['n']}.tsv", work)
     rows = certify.read_certificates(rows_file)
-    folder.lock.close()
-    if c["n"] == 10_000:
-        arq.write_whole(RESULTS / f"{name_of(c)}.tsv", rows_file.read_bytes())
-    if c["n"] == 10_000 and file.suffix == ".arq":
-        arq.write_whole(RESULTS / f"{name_of(c)}.arq", file.read_bytes())
+    for made in (rows_file, file) if c["n"] == 10_000 else ():
+        if made.suffix in (".tsv", ".arq"):
+            shutil.copy(made, RESULTS / f"{name_of(c)}{made.suffix}")
 
     summary = arq.summarize(rows, network, table, policy, config, file)
     names = "acr accuracy abstained bitops_ratio size_bytes backend network".split()
@@ -255,11 +250,6 @@ def mean_acr(seeds: list[dict]) -> float:
     return statistics.fmean(c["acr"] for c in seeds)
 
 
-def mean_radii(seeds: list[dict]) -> list[float]:
-    """Each image's radius, 0 where wrong: the mean over seeds."""
-    return [statistics.fmean(radii) for radii in zip(*[c["radii"] for c in seeds])]
-
-
 def paired(ours: list, others: list) -> tuple[float, float]:
     """Mean and standard error over images of the difference."""
     gains = [a - b for a, b in zip(ours, others, strict=True)]
@@ -268,7 +258,9 @@ def paired(ours: list, others: list) -> tuple[float, float]:
 
 def acr_difference(ours: list[dict], others: list[dict]) -> tuple[float, float]:
     """Of the means over seeds; the standard error from radii of five digits."""
-    _, error = paired(mean_radii(ours), mean_radii(others))
+    radii = [zip(*[c["radii"] for c in seeds]) for seeds in (ours, others)]
+    means = [list(map(statistics.fmean, images)) for images in radii]
+    _, error = paired(*means)
     return mean_acr(ours) - mean_acr(others), error
 
 
@@ -280,11 +272,6 @@ def interval(mean: float, error: float, form: str) -> str:
 def markdown(titles: list[str], rows: list[list]) -> str:
     lines = [" | ".join(row) for row in (titles, ["---"] * len(titles), *rows)]
     return "\n".join(f"| {line} |" for line in lines)
-
-
-def title_of(place: tuple[float, float]) -> str:
-    sigma, budget = place
-    return f"{sigma:g}, {100 * budget:g} %"
 
 
 def mark(seeds: list[dict]) -> str:
@@ -311,29 +298,34 @@ def headline_table(cells: list[dict]) -> str:
     return markdown([*titles, "accuracy, %", "less base's", "clean, %"], rows)
 
 
+def method_table(title: str, places: list, methods: list[str], text) -> str:
+    """A row per method, a column per place: text(method, place). Empty rows are left out."""
+    rows = [[method, *[text(method, place) for place in places]] for method in methods]
+    titles = [f"{sigma:g}, {100 * budget:g} %" for sigma, budget in places]
+    return markdown([title, *titles], [row for row in rows if any(row[1:])])
+
+
 def acr_table(cells: list[dict]) -> str:
     """ACR with n = 1,000, a column for each sigma and budget. (2): mean of two seeds."""
-    rows = []
-    for method in FLOAT + METHODS:
-        seeds = [at(cells, method, *place) for place in PLACES]
-        texts = [arq.cut(mean_acr(cells)) + mark(cells) if cells else "" for cells in seeds]
-        rows.append([method, *texts])
-    return markdown(["method; sigma, budget", *map(title_of, PLACES)], rows)
+
+    def text(method: str, place: tuple) -> str:
+        seeds = at(cells, method, *place)
+        return arq.cut(mean_acr(seeds)) + mark(seeds) if seeds else ""
+
+    return method_table("method; sigma, budget", PLACES, FLOAT + METHODS, text)
 
 
 def difference_table(cells: list[dict], ours: str = "ARQ") -> str:
     """ACR of ours less each other method's, with standard errors. (2): two seeds of ours."""
+
+    def text(method: str, place: tuple) -> str:
+        seeds, others = at(cells, ours, *place), at(cells, method, *place)
+        if not others or method == ours:
+            return ""
+        return "{:+.4f} ({:.4f})".format(*acr_difference(seeds, others)) + mark(seeds)
+
     places = [place for place in PLACES if at(cells, ours, *place)]
-    rows = []
-    for method in [name for name in FLOAT + METHODS if name != ours]:
-        row = [method]
-        for place in places:
-            seeds, others = at(cells, ours, *place), at(cells, method, *place)
-            text = "{:+.4f} ({:.4f})".format(*acr_difference(seeds, others)) if others else ""
-            row.append(text + mark(seeds) * bool(others))
-        rows.append(row)
-    titles = [f"{ours} less", *map(title_of, places)]
-    return markdown(titles, [row for row in rows if any(row[1:])])
+    return method_table(f"{ours} less", places, FLOAT + METHODS, text)
 
 
 def main(argv=None) -> None:

@@ -216,21 +216,22 @@ def draw_searches(cells: list[dict]):
     return figure
 
 
+def draw_comparison(cells: list[dict]) -> dict:
+    bitops = "bitops_ratio", 0.01, "BitOPs, % of float (points moved apart)", 0.08
+    figures = {"comparison": draw_tradeoff(cells, *bitops)}
+    figures["sizes"] = draw_tradeoff(cells, "size_bytes", 1000, "weights, kB")
+    figures["policies"], figures["radii"] = draw_policies(cells), draw_radii(cells)
+    return figures | {"searches": draw_searches(cells)}
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", type=Path, help="a run folder of arq.py")
     options = parser.parse_args(argv)
     plt.switch_backend("agg")
     plt.rcParams.update({"font.size": 10, "axes.grid": True, "grid.alpha": 0.3})
-    folder, figures = options.run or compare.RESULTS, {}
-    if options.run:
-        figures = draw_run(options.run)
-    else:
-        cells, beside = compare.read_cells(), "BitOPs, % of float (points moved apart)"
-        figures["comparison"] = draw_tradeoff(cells, "bitops_ratio", 0.01, beside, 0.08)
-        figures["sizes"] = draw_tradeoff(cells, "size_bytes", 1000, "weights, kB")
-        figures["policies"], figures["radii"] = draw_policies(cells), draw_radii(cells)
-        figures["searches"] = draw_searches(cells)
+    folder = options.run or compare.RESULTS
+    figures = draw_run(folder) if options.run else draw_comparison(compare.read_cells())
     for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=90)
         print(folder / f"{name}.png")

@@ -8,8 +8,6 @@ Beyond the paper, whose IRS is `certify.Smooth.certify_incremental`; certificate
 """
 
 import math
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,7 +15,6 @@ from scipy.stats import beta
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import certify
 from certify import ReplayCache, Smooth, certified_radius, lower_confidence_bound
 
@@ -153,12 +150,7 @@ def share_out(gain, method, sizes, total: int) -> tuple[Tensor, Tensor]:
 
 # ---- certificates ----
 def certify_incremental(
-    g: Smooth,
-    images: Tensor,
-    cache: ReplayCache,
-    pilot: ReplayCache,
-    n_p: int,
-    alpha_zeta: float = 0.001,
+    g: Smooth, images, cache: ReplayCache, pilot: ReplayCache, n_p: int, alpha_zeta=0.001
 ) -> list[certify.IncrementalCertificate]:
     """Certify a changed f^P, smoothed by g, with n_p passes per image on average; one-sided.
 

@@ -75,8 +75,8 @@ def build(name: str) -> tuple[nn.Module, int]:
     """The network, of random weights, and the size of its images."""
     if name in PRE_ACTIVATION:
         return pre_activation(*PRE_ACTIVATION[name]), 32
-    has_branches = name in ("googlenet", "inception_v3")
-    options = {"aux_logits": False, "init_weights": True} if has_branches else {}
+    auxiliary = name in ("googlenet", "inception_v3")
+    options = {"aux_logits": False, "init_weights": True} if auxiliary else {}
     network = torchvision.models.get_model(name, weights=None, **options)
     return network, IMAGE_SIZES.get(name, 64)
 

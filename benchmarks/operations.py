@@ -86,7 +86,7 @@ def kills(count: int, words: str) -> dict:
         run_for(whole, words, None)
         seconds = time.monotonic() - began
         expected = contents(whole / "run")
-        while True:
+        while len(log) < count or broken.exists():
             wait = moments.uniform(0, 0.6) * seconds if len(log) < count else None
             last_line = run_for(broken, words, wait)
             if last_line is not None:
@@ -96,8 +96,6 @@ def kills(count: int, words: str) -> dict:
             runs += 1
             left = contents(broken / "run")
             differing |= {name for name in left if left[name] != expected[name]}
-            if len(log) == count:
-                break
             shutil.rmtree(broken)
     return {"kills": log, "runs": runs, "files": [*expected], "differing": sorted(differing)}
 

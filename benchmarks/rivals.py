@@ -10,19 +10,16 @@ All keep 8 bits in the first and the last layer, and meet the budget. `compare.p
 
 import copy
 import math
-import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import arq  # noqa: E402
-import models  # noqa: E402
-from ddpg import DDPG  # noqa: E402
+import arq
+import models
+from ddpg import DDPG
 
 WIDTHS = range(models.MIN_BITS, models.MAX_BITS + 1)
 PAIRS = [(w, a) for w in WIDTHS for a in WIDTHS]  # of weight and input bits

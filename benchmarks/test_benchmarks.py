@@ -1,6 +1,7 @@
 """Properties of the benchmarks' own code, and scripts that start."""
 
 import copy
+import functools
 import importlib
 import itertools
 import json
@@ -16,6 +17,7 @@ import torch
 from scipy.stats import binom
 from torch import nn
 from torch.nn import functional as F
+from torchvision.transforms.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import arq
@@ -31,12 +33,12 @@ TRIALS = 1000
 ALLOWED = binom.ppf(0.999, TRIALS, 0.05)  # so many violations of 1,000 are still chance at 0.05
 
 
-def draw(probabilities, n: int, seed: int = 0) -> torch.Tensor:
-    """(TRIALS, n) independent outcomes 0, 1, ... of known probabilities."""
+def draw(probabilities, n: int, seed: int = 0, trials: int = TRIALS) -> torch.Tensor:
+    """(trials, n) independent outcomes 0, 1, ... of known probabilities."""
     generator = torch.Generator().manual_seed(seed)
     probabilities = torch.as_tensor(probabilities)
-    outcomes = torch.multinomial(probabilities, TRIALS * n, True, generator=generator)
-    return outcomes.view(TRIALS, n)
+    outcomes = torch.multinomial(probabilities, trials * n, True, generator=generator)
+    return outcomes.view(trials, n)
 
 
 # P[f and f^P say c_A], P[only f], P[only f^P], P[neither]
@@ -71,12 +73,12 @@ def test_the_paired_bound_spends_its_alpha():
     assert failures[0] <= ALLOWED < failures[1]
 
 
-def replay(joint) -> certificates.Replay:
-    """g^P on TRIALS images of class 0, by 1,000 samples of P[f = i, f^P = j] = joint[i][j]."""
-    pairs = draw(torch.tensor(joint).flatten(), 1000)
-    fresh = draw(torch.tensor(joint).sum(0), 1000, seed=7)
+def replay(joint, trials: int = TRIALS) -> certificates.Replay:
+    """g^P on images of class 0, by 1,000 samples of P[f = i, f^P = j] = joint[i][j]."""
+    pairs = draw(torch.tensor(joint).flatten(), 1000, trials=trials)
+    fresh = draw(torch.tensor(joint).sum(0), 1000, seed=7, trials=trials)
     old, new = pairs // len(joint), pairs % len(joint)
-    return certificates.Replay(old, new, fresh, [0] * TRIALS, sigma=1.0)
+    return certificates.Replay(old, new, fresh, [0] * trials, sigma=1.0)
 
 
 DISAGREEING = (0.70, 0.04, 0.01), (0.02, 0.12, 0.01), (0.0, 0.01, 0.09)
@@ -103,7 +105,7 @@ def test_coverage_of_incremental_radii(joint):
 
 def test_the_plan_sees_no_sample_that_a_bound_uses():
     """Predictions outside the pilot may be anything: methods and passes are the same."""
-    g = replay(DISAGREEING)
+    g = replay(DISAGREEING, trials=100)
 
     def plan(cache, pilot):
         rows = certify_incremental(g, None, cache, pilot, 300)
@@ -183,11 +185,16 @@ def test_networks_are_quantized_or_refused(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_killed_and_continued_leaves_the_same_files():
-    words = "--image-size 16 --epochs 1 --episodes 2 --episode-batches 1 --finetune-epochs 0.1 "
+def test_a_run_killed_and_continued_leaves_the_same_files(tmp_path):
+    for folder in ("train/dark", "train/light", "test/dark", "test/light"):
+        (tmp_path / folder).mkdir(parents=True)
+        for i in range(12):
+            to_pil_image(torch.rand(3, 16, 16)).save(tmp_path / folder / f"{i}.png")
+    words = f"--dataset folder --data {tmp_path} --arch resnet8 --image-size 16 --device cpu "
+    words += "--epochs 1 --batch-size 8 --episodes 2 --episode-batches 1 --finetune-epochs 1 "
     words += "--images 4 --n 20 --search-images 9 --search-n 20 --n-p 10 --finalists 1 "
-    found = operations.kills(1, words + "--alpha 0.1 --sigma 0.05 --device cpu")
-    assert found["differing"] == [] and len(found["kills"]) == 1
+    outcome = operations.kills(1, words + "--alpha 0.1 --sigma 0.05")
+    assert outcome["differing"] == [] and len(outcome["kills"]) == 1
 
 
 # ---- rival ways to choose the bits ----
@@ -221,6 +228,9 @@ def test_the_integer_program_finds_the_best_of_all_policies():
         assert (*best["l1"], *best["l2"]) == sum(min(costs, key=costs.get), ())
 
 
+SIXTY_EPISODES = DDPGConfig(episodes=60, warmup_episodes=20)
+
+
 def best_found(agent_class: type, seed: int) -> float:
     """The least distance to a policy that just fits, by one bit and operand, of 60
     evaluations."""
@@ -231,9 +241,7 @@ def best_found(agent_class: type, seed: int) -> float:
     def evaluate(policy, cache):
         return -sum(abs(a - b) for name in target for a, b in zip(target[name], policy[name]))
 
-    agent = agent_class(
-        environment.state_size, seed, DDPGConfig(episodes=60, warmup_episodes=20)
-    )
+    agent = agent_class(environment.state_size, seed, SIXTY_EPISODES)
     cache = certify.ReplayCache([certify.Certificate(0, 0, 0, 1.0, 1, "")], None, "")
     return max(record["acr"] for record in arq.search(cache, environment, agent, evaluate))
 
@@ -249,8 +257,8 @@ def test_evolution_beats_random_policies():
 def test_evolution_tries_no_bits_twice():
     """Not even where a reward for few bits draws all children to the same ones."""
     environment = arq.BitWidthEnvironment(layers(4), 0.05)
-    config = DDPGConfig(episodes=60, warmup_episodes=20)
-    agent, tried = rivals.EvolutionAgent(environment.state_size, 0, config), []
+    agent = rivals.EvolutionAgent(environment.state_size, 0, SIXTY_EPISODES)
+    tried = []
     while agent.episode < 60:
         states, actions, _ = environment.rollout(agent.act)
         tried.append(agent.bits(actions.flatten().tolist()))
@@ -280,10 +288,8 @@ def test_bits_learned_by_gradient_go_where_they_matter():
     net, config = TwoBranches(), arq.parse_config(["--batch-size", "64", "--device", "cpu"])
     images, learned = arq.draw_shapes(1000, seed=0, size=32), []
     arq.train(net, images, config, 60, 0.1, "base")
-    before, table = (
-        copy.deepcopy(net.state_dict()),
-        models.quantize_model(copy.deepcopy(net), 32),
-    )
+    before = copy.deepcopy(net.state_dict())
+    table = models.quantize_model(copy.deepcopy(net), 32)
 
     def train(classifier, num_batches, loss):
         arq.train(classifier, images, config, num_batches, 0.05, loss=loss)
@@ -309,17 +315,21 @@ def test_a_cell_rests_on_its_certificates_and_is_made_once(tmp_path, monkeypatch
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(compare, "RUNS", tmp_path / "runs")
     words = "--dataset shapes --device cpu --finalists 1 --search-images 12 --image-size 16"
-    words += " --search-n 40 --n-p 20 --episodes 3 --episode-batches 1 --finetune-epochs 0.03"
-    monkeypatch.setattr(compare, "FRAME", words + " --images 6 --n0 20 --distill 0.5")
+    words += " --search-n 40 --n-p 20 --episodes 3 --episode-batches 1 --finetune-epochs 0.3"
+    words += " --images 6 --n0 20 --alpha 0.1 --distill 0.5"
+    images = functools.cache(arq.draw_shapes)
+    fewer = lambda count, seed, size: images(count // 8, seed, size)  # noqa: E731
+    monkeypatch.setattr(arq, "draw_shapes", fewer)
+    monkeypatch.setattr(compare, "FRAME", words)
     monkeypatch.setattr(compare, "HAQ_IMAGES", 50)
-    monkeypatch.setattr(compare, "SHARED_EPOCHS", 0.05)
+    monkeypatch.setattr(compare, "SHARED_EPOCHS", 0.5)
     methods = "base control ARQ HAQ evolution LIMPQ NIPQ uniform".split()
     cells = [compare.cell(method, 0.25, 0.02, n=50) for method in methods]
     monkeypatch.setattr(compare, "CELLS", cells)
     torch.manual_seed(0)
     base = models.build_classifier("resnet8", 10)
     config = arq.parse_config("--device cpu --batch-size 64".split())
-    arq.train(base, arq.draw_shapes(2000, seed=0, size=16), config, 250, 0.2, "base")
+    arq.train(base, images(2000, 0, 16), config, 250, 0.2, "base")
     torch.save(base.state_dict(), tmp_path / "resnet20_cifar10_sigma0.25.pt")
     command = ["--data", str(tmp_path), "--checkpoints", str(tmp_path)]
     compare.main(command)
@@ -389,15 +399,11 @@ def test_figures_of_a_run_and_of_the_comparison(tmp_path, monkeypatch):
 
 
 # ---- the scripts ----
-SCRIPTS = "attack certificates compare figures networks operations speed".split()
+SCRIPTS = {path.stem for path in Path(__file__).parent.glob("*.py")}
+SCRIPTS -= {"incremental", "rivals", "test_benchmarks"}  # these are imported
 
 
-def test_every_script_is_tried():
-    others = {"incremental", "rivals", "test_benchmarks"}
-    assert {path.stem for path in Path(__file__).parent.glob("*.py")} == others.union(SCRIPTS)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", sorted(SCRIPTS))
 def test_scripts_start_and_say_what_they_measure(name, capsys):
     if name == "figures":
         pytest.importorskip("matplotlib")
