@@ -103,10 +103,11 @@ class BitWidthEnvironment:
         return torch.stack(states), torch.tensor(actions)[:, None], policy
 
 
-def evaluate_policy(policy, cache, start, train_images, search_pixels, config, final=False):
+def evaluate_policy(policy, cache, start, base, images, search_pixels, config, final=False):
     """ACR(g^P) of a policy P on the search images (B, C, H, W), by incremental certificates.
 
-    cache: f's certificates and predictions on these; start: a copy of f from `prepare`
+    cache: f's certificates and predictions on these; start: a copy of f from `prepare`;
+    base: f; images: those to fine-tune on, by the recipe of the best policy
     A certificate holds with probability 1 - (alpha + alpha_zeta), but all episodes replay
     one noise: they serve the search, and its best policy is certified from scratch.
     final: finalists have twice the training and CERTIFY, on fresh noise."""
@@ -114,11 +115,11 @@ def evaluate_policy(policy, cache, start, train_images, search_pixels, config, f
     models.set_policy(quantized, policy)
     num_batches = config.episode_batches * (2 if final else 1)
     try:
-        train(quantized, train_images, config, num_batches, EPISODE_LR, "episode")
+        fine_tune(quantized, base, images, config, num_batches, "episode")
     except FloatingPointError:  # training diverged: there is nothing to certify
         return 0.0
     network = integer_network(quantized, config)
-    g = smooth(network, train_images.classes, config, "finalists")
+    g = smooth(network, images.classes, config, "finalists")
     if final:
         labels, ids = zip(*[(row.label, row.idx) for row in cache.certificates])
         rows = g.certify(search_pixels, labels, ids, config.n0, config.search_n, config.alpha)
@@ -176,7 +177,7 @@ def best_policy(records: list[dict]) -> Policy:
 
 # ---- training ----
 BASE_LR, BASE_DECAY = 0.2, 5e-4
-EPISODE_LR, FINETUNE_LR = 0.005, 0.02
+FINETUNE_LR = 0.02
 BFLOAT16 = {"cuda": True, "mps": False, "cpu": torch.cpu._is_avx512_bf16_supported()}
 
 
@@ -273,6 +274,13 @@ def train(
     classifier.eval()
 
 
+def fine_tune(classifier, base, images, config, num_batches, purpose, state=None, save=None):
+    """Train a quantized copy of the float base, which gives a share of the targets."""
+    loss = partial(noise_augmentation, teacher=base, share=config.distill)
+    options = {"state": state, "save": save, "loss": loss}
+    train(classifier, images, config, num_batches, FINETUNE_LR, purpose, **options)
+
+
 def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
     """A copy of a float network that takes any policy, and its layer table. Step sizes
     and signs of inputs come from up to 256 noisy images, spread over the given ones."""
@@ -308,7 +316,9 @@ def run(config: Config) -> None:
         contents["policy"] = read_policy(config.policy, table, config.budget)
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
     take_along(config, folder)
-    print(f"{config.arch} on {config.dataset}; run folder {folder.path}")
+    print(f"{config.arch} on {config.dataset}; run folder {folder.path}", flush=True)
+    if not (folder.path / "state.pt").exists():
+        print(estimate_times(base, train_images, config), flush=True)
 
     # 1: the float base classifier f
     file = folder.make("train the base", "base.pt", train_base, base, train_images, config)
@@ -322,8 +332,8 @@ def run(config: Config) -> None:
         file = folder.make("certify the base, search", "search_cache.pt", *work)
         cache = read_cache(file)
         pixels = search_images.batch(range(len(search_images)), config.device)
-        given = {"start": start, "train_images": train_images, "search_pixels": pixels}
-        evaluate = partial(evaluate_policy, config=config, **given)
+        given = {"start": start, "base": base, "images": train_images}
+        evaluate = partial(evaluate_policy, search_pixels=pixels, config=config, **given)
         work = run_search, environment, evaluate, cache, config, folder.path
         file = folder.make("search", "policy.json", *work)
     policy = read_policy(file, table, config.budget)
@@ -418,9 +428,7 @@ def run_search(environment, evaluate, cache, config, path, state, save, agent_cl
 def finetune_best(classifier, base, table, images, config, state, save) -> bytes:
     """The packed network, after the last fine-tuning under its policy."""
     num_batches = int(config.finetune_epochs * (len(images) // config.batch_size))
-    loss = partial(noise_augmentation, teacher=base, share=config.distill)
-    options = {"state": state, "save": save, "loss": loss}
-    train(classifier, images, config, num_batches, FINETUNE_LR, "fine-tune", **options)
+    fine_tune(classifier, base, images, config, num_batches, "fine-tune", state, save)
     description = {name: getattr(config, name) for name in SAVED_OPTIONS}
     return models.pack_model(classifier, table, {**description, "classes": images.classes})
 
@@ -636,9 +644,9 @@ class Config:
     # training
     checkpoint: str = option(None, "float base; else one is trained")
     epochs: int = option(6, "epochs of the base", 1, MOST)
-    episode_batches: int = option(8, "training batches of a policy's episode", 0, MOST)
+    episode_batches: int = option(16, "training batches of a policy's episode", 0, MOST)
     finetune_epochs: float = option(3.0, "epochs of the best policy", 0, 1e6)
-    distill: float = option(0.0, "share of the base in the last targets", 0, 1)
+    distill: float = option(0.7, "share of the base in the last targets", 0, 1)
     batch_size: int = option(128, "images in a training batch", 2, MOST)
     # certificates
     n0: int = option(100, "samples that select the class", 1, MOST)
@@ -654,8 +662,8 @@ class Config:
 
 GROUPS = {"dataset": "data", "arch": "method", "checkpoint": "training"}  # by first option
 GROUPS |= {"n0": "certificates", "seed": "run"}
-CIFAR10 = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 30.0, "episodes": 600}
-CIFAR10 |= {"episode_batches": 20, "search_images": 500, "search_n": 10_000, "n_p": 1000}
+CIFAR10 = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 12.0, "episodes": 600}
+CIFAR10 |= {"episode_batches": 48, "search_images": 200, "search_n": 1000, "n_p": 250}
 CIFAR10 |= {"images": 500, "n": 10_000}
 IMAGENET = {"arch": "resnet50", "finetune_epochs": 10.0, "gamma": 0.995, "image_size": 224}
 # What the data sets have in place of the defaults.
@@ -922,6 +930,37 @@ def show_progress(label: str, done: int, total: int, first: int, began: float) -
         left = timedelta(seconds=round((total - done) / rate))
         line = f"{label} {done}/{total}, {rate:.3g}/s, {left} left" if done < total else ""
         print(f"\r  {line:<90}\r", end="", file=sys.stderr, flush=True)
+
+
+def estimate_times(base: Classifier, images: ImageSet, config: Config) -> str:
+    """What the steps of a run take here, by one timed batch of each kind of work."""
+    start, table = prepare(base, images, config)
+    models.set_policy(start, models.uniform_policy(table, 4))
+    network = integer_network(start, config)
+    x = images.batch(range(1), config.device).repeat(config.eval_batch, 1, 1, 1)
+
+    def seconds(work: Callable) -> float:
+        work()  # starts what only the first call starts
+        began = time.monotonic()
+        work()
+        return time.monotonic() - began
+
+    untrained, quantized = copy.deepcopy(base), copy.deepcopy(start)
+    batch = seconds(lambda: train(untrained, images, config, 1, 0.0))
+    tuning = seconds(lambda: fine_tune(quantized, base, images, config, 1, ""))
+    with torch.inference_mode():
+        timed = [seconds(lambda: f(x)) for f in (base, network)]
+    float_pass, passed = [value / config.eval_batch / WORLD for value in timed]
+    epoch = len(images) // config.batch_size
+    episode = config.episode_batches * tuning + config.search_images * config.n_p * passed
+    hours = {
+        "base": 0 if config.checkpoint else config.epochs * epoch * batch,
+        "search": 0 if config.policy else config.episodes * episode,
+        "fine-tuning": config.finetune_epochs * epoch * tuning,
+        "certificates": config.images * config.n * (float_pass + passed),
+    }
+    parts = ", ".join(f"{name} {value / 3600:.2f}" for name, value in hours.items())
+    return f"about {sum(hours.values()) / 3600:.2f} hours here: {parts}"
 
 
 def summarize(rows, network, table, policy: Policy, config: Config, file: Path) -> dict:

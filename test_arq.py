@@ -1505,7 +1505,7 @@ def small_evaluation():
     cache = g.certify_and_cache(pixels, labels, search_images.ids, 100, 40, 0.001)
     assert sum(row.selected == row.label for row in cache.certificates) >= 2
     start, table = arq.prepare(base, search_images, config)
-    shared = {"start": start, "train_images": train_images, "search_pixels": pixels}
+    shared = {"start": start, "base": base, "images": train_images, "search_pixels": pixels}
     return functools.partial(arq.evaluate_policy, cache=cache, config=config, **shared), table
 
 
@@ -1518,7 +1518,9 @@ def test_rewards_and_finals_are_what_the_calls_by_hand_certify():
     def trained(num_batches):
         network = copy.deepcopy(given["start"])
         models.set_policy(network, policy)
-        arq.train(network, given["train_images"], config, num_batches, 0.005, "episode")
+        share = {"teacher": given["base"], "share": 0.7}
+        loss = functools.partial(arq.noise_augmentation, **share)
+        arq.train(network, given["images"], config, num_batches, 0.02, "episode", loss=loss)
         return models.integer_network(network)
 
     g = Smooth(trained(2), 10, 0.25)

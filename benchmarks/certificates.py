@@ -45,7 +45,7 @@ def build_networks(config, checkpoint) -> dict:
     for name, num_batches in TUNING_BATCHES.items():
         classifier = copy.deepcopy(start)
         models.set_policy(classifier, models.uniform_policy(table, int(name[0])))
-        arq.train(classifier, train_images, config, num_batches, arq.EPISODE_LR, "episode")
+        arq.train(classifier, train_images, config, num_batches, 0.005, "episode")
         networks[name] = classifier
     return networks
 

@@ -32,8 +32,7 @@ from ddpg import DDPG  # noqa: E402
 
 RESULTS, RUNS = ROOT / "results" / "compare", ROOT / "runs" / "compare"
 FRAME = """--dataset cifar10 --images 500 --n0 100 --search-images 200 --search-n 1000 --n-p 250
- --episodes 100 --episode-batches 12 --finetune-epochs 4 --distill 0.7"""
-SHARED_EPOCHS = 1  # of the network that episodes start from
+ --episodes 100 --episode-batches 48 --finetune-epochs 4 --distill 0.7"""
 HAQ_IMAGES = 5000  # accuracy sees an image once, where IRS takes n_p samples of it
 LONG = " 600 episodes"  # the default of arq.py
 FLOAT = ["base", "control"]  # no policy; the control is fine-tuned as all are
@@ -93,38 +92,13 @@ class Frame:
         return arq.RunFolder(RUNS / name, self.options | ignored)
 
     def prepare_search(self) -> None:
-        """`cache`, of a sigma and seed, and `start`, from which episodes start, of a budget."""
-        config, of_seed = self.config, f"sigma{self.config.sigma:g}-seed{self.config.seed}"
-        folder = self.folder(f"base-{of_seed}", budget=None, episodes=None)
-        work = partial(arq.certify_images, self.base, self.search_images, config, "search")
-        file = folder.make("certify the base, search images", "search_cache.pt", work)
+        """The `cache` of a sigma and seed, which its searches share, and their `start`."""
+        name = f"base-sigma{self.config.sigma:g}-seed{self.config.seed}"
+        folder = self.folder(name, budget=None, episodes=None)
+        work = arq.certify_images, self.base, self.search_images, self.config, "search"
+        file = folder.make("certify the base, search images", "search_cache.pt", *work)
         self.cache = arq.read_cache(file)
-        folder = self.folder(f"shared-{of_seed}-budget{config.budget:g}", episodes=None)
-        file = folder.make("train for all policies", "start.pt", partial(train_shared, self))
-        network = copy.deepcopy(self.base)
-        network.load_state_dict(arq.read_state(file))
-        self.start, _ = arq.prepare(network, self.search_images, config)
-
-
-def train_shared(frame: Frame, state, save) -> dict:
-    """Weights from which brief training ranks policies: the base's, trained while each batch
-    meets another random policy under the budget (Guo et al., 2020, section 3.2)."""
-    config = frame.config
-    classifier = copy.deepcopy(frame.base)
-    weights = classifier.state_dict()  # layers are replaced below, but train these very tensors
-    models.quantize_model(classifier, config.image_size)
-    calibrate(classifier, frame.search_images, config)
-    environment = arq.BitWidthEnvironment(frame.table, config.budget)
-
-    def loss(network, x, noise, labels):
-        _, _, policy = environment.rollout(lambda state: float(torch.rand(())))
-        models.set_policy(classifier, policy)
-        return arq.noise_augmentation(network, x, noise, labels)
-
-    images, options = frame.train_images, {"state": state, "save": save, "loss": loss}
-    num_batches = int(SHARED_EPOCHS * (len(images) // config.batch_size))
-    arq.train(classifier, images, config, num_batches, arq.FINETUNE_LR, "shared", **options)
-    return weights
+        self.start, _ = arq.prepare(self.base, self.search_images, self.config)
 
 
 def calibrate(classifier, images: arq.ImageSet, config: arq.Config) -> None:
@@ -149,11 +123,11 @@ def choose(method: str, frame: Frame, path: Path, state, save) -> models.Policy:
         train = partial(arq.train, images=images, config=config, lr=arq.FINETUNE_LR)
         options = {"calibrate": steps, "train": train, "num_batches": num_batches}
         return GRADIENT[method](frame.base, table, config.budget, **options)
-    given = {"start": frame.start, "train_images": images, "config": config}
+    given = {"start": frame.start, "base": frame.base, "images": images, "config": config}
     if method == "HAQ":
         count = min(HAQ_IMAGES, len(images))
         judged = images.subset(arq.evenly_spaced(count, len(images)))
-        evaluate = partial(rivals.evaluate_accuracy, images=judged, **given)
+        evaluate = partial(rivals.evaluate_accuracy, judged=judged, **given)
     else:
         pixels = frame.search_images.batch(range(config.search_images), config.device)
         evaluate = partial(arq.evaluate_policy, search_pixels=pixels, **given)
@@ -175,9 +149,8 @@ def finetune_float(frame: Frame, state, save) -> dict:
     config, images = frame.config, frame.train_images
     network = copy.deepcopy(frame.base)
     num_batches = int(config.finetune_epochs * (len(images) // config.batch_size))
-    loss = partial(arq.noise_augmentation, teacher=frame.base, share=config.distill)
-    options = {"state": state, "save": save, "loss": loss}
-    arq.train(network, images, config, num_batches, arq.FINETUNE_LR, "fine-tune", **options)
+    schedule = config, num_batches, "fine-tune", state, save
+    arq.fine_tune(network, frame.base, images, *schedule)
     return network.state_dict()
 
 

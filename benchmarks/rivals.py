@@ -101,14 +101,14 @@ class EvolutionAgent(DDPG):
         return torch.where(mutate < self.mutation, fresh, mother).tolist()
 
 
-def evaluate_accuracy(policy, cache, start, train_images, images, config, final=False):
-    """HAQ (Wang et al., 2019, equation 5): the reward is the accuracy on images without noise.
+def evaluate_accuracy(policy, cache, start, base, images, judged, config, final=False):
+    """HAQ (Wang et al., 2019, equation 5): the reward is accuracy on `judged` without noise.
     As arq.evaluate_policy, up to the integer network."""
     quantized = copy.deepcopy(start)
     models.set_policy(quantized, policy)
     num_batches = config.episode_batches * (2 if final else 1)
-    arq.train(quantized, train_images, config, num_batches, arq.EPISODE_LR, "episode")
-    return accuracy(arq.integer_network(quantized, config), images, config)
+    arq.fine_tune(quantized, base, images, config, num_batches, "episode")
+    return accuracy(arq.integer_network(quantized, config), judged, config)
 
 
 @torch.inference_mode()
