@@ -294,10 +294,9 @@ def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
 
 
 def integer_network(classifier: Classifier, config: Config) -> nn.Module:
-    """The network as it is evaluated; on a GPU, checked at the batch that will run."""
-    batch = 2 if config.device == "cpu" else config.eval_batch
+    """The network as it is evaluated, checked at the batch that will run."""
     classifier = classifier.to(config.device, memory_format=torch.channels_last)
-    return models.integer_network(classifier, batch)
+    return models.integer_network(classifier, config.eval_batch)
 
 
 # ---- the run ----
@@ -318,7 +317,7 @@ def run(config: Config) -> None:
     take_along(config, folder)
     print(f"{config.arch} on {config.dataset}; run folder {folder.path}", flush=True)
     if not (folder.path / "state.pt").exists():
-        print(estimate_times(base, train_images, config), flush=True)
+        print(estimate_hours(base, train_images, config), flush=True)
 
     # 1: the float base classifier f
     file = folder.make("train the base", "base.pt", train_base, base, train_images, config)
@@ -403,6 +402,7 @@ def run_search(environment, evaluate, cache, config, path, state, save, agent_cl
     act = agent.act
     agent.act = lambda state: gather(act(state))[0]  # rank 0's
     again = partial(evaluate, final=True)
+    # Lazy: it ranks the records that are there after the last episode.
     finalists = reevaluate_finalists(records, config.finalists, again, cache)
     began = time.monotonic()
     episodes = search(cache, environment, agent, evaluate)
@@ -596,11 +596,14 @@ def read_policy(source, table: list[Layer], budget: float) -> Policy:
     """--policy: a bit-width for all layers, forced under the budget, or a file that fits."""
     names = [layer.name for layer in table]
     if str(source).isdigit():
-        policy = models.uniform_policy(table, int(source))
-        models.check_policy(names, policy)
+        bits = int(source)
+        require(2 <= bits <= models.MAX_BITS, f"--policy {bits}: bits are 2 to 8")
+        policy = models.uniform_policy(table, bits)
         return models.enforce_budget(table, policy, budget)
     policy = read_json(Path(source))
     models.check_policy(names, policy)
+    narrow = max(map(max, policy.values())) <= models.MAX_BITS
+    require(narrow, f"{source}: a run packs 2 to 8 bits; it certifies the float base, too")
     ratio = models.bitops_ratio(table, policy)
     require(ratio <= budget, f"{source} costs {ratio:.6f} of the BitOPs; raise --budget")
     return policy
@@ -632,7 +635,7 @@ class Config:
     images: int = option(100, "test images, evenly spaced over the set", 1, MOST)
     # method
     arch: str = option("resnet8", "network", choices=tuple(models.NETWORKS))
-    sigma: float = option(0.25, "deviation of the noise, in [0, 1] pixels", 0.001, 4)
+    sigma: float = option(0.25, "deviation of the noise, in [0, 1] pixels", 0.004, 4)
     budget: float = option(0.015, "BitOPs allowed, of the float network's", 1e-5, 1)
     episodes: int = option(24, "episodes of the search, one policy each", 1, MOST)
     finalists: int = option(5, "best policies, all different, evaluated again", 0, MOST)
@@ -662,12 +665,12 @@ class Config:
 
 GROUPS = {"dataset": "data", "arch": "method", "checkpoint": "training"}  # by first option
 GROUPS |= {"n0": "certificates", "seed": "run"}
-CIFAR10 = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 12.0, "episodes": 600}
-CIFAR10 |= {"episode_batches": 48, "search_images": 200, "search_n": 1000, "n_p": 250}
-CIFAR10 |= {"images": 500, "n": 10_000}
-IMAGENET = {"arch": "resnet50", "finetune_epochs": 10.0, "gamma": 0.995, "image_size": 224}
+LONG = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 12.0, "episodes": 600}
+LONG |= {"episode_batches": 48, "search_images": 200, "search_n": 1000, "n_p": 250}
+LONG |= {"images": 500, "n": 10_000}
+LARGE = {"arch": "resnet50", "finetune_epochs": 10.0, "gamma": 0.995, "image_size": 224}
 # What the data sets have in place of the defaults.
-PRESETS = {"shapes": {}, "cifar10": CIFAR10, "folder": CIFAR10, "imagenet": CIFAR10 | IMAGENET}
+PRESETS = {"shapes": {}, "cifar10": LONG, "folder": LONG, "imagenet": LONG | LARGE}
 
 
 def flag(name: str) -> str:
@@ -725,11 +728,10 @@ def complete_config(given: dict) -> Config:
         inside = least is None or least <= value <= most
         about = f"from {least} to {most}, not {value}: {field.metadata['help']}"
         require(inside, f"{flag(field.name)} must be {about}")
-    needed = math.floor(-math.log2(config.alpha)) + 1
-    for name in ("n", "search_n", "n_p"):
-        samples = getattr(config, name)
-        never = f"certifies nothing at --alpha {config.alpha}; give at least {needed}"
-        require(samples >= needed, f"{flag(name)} {samples} {never}")
+    pixels, n_p = 3 * config.image_size**2, config.n_p
+    spent = [(config.n, config.alpha), (config.search_n, config.alpha), (n_p, config.alpha)]
+    for samples, alpha in [*spent, (n_p, config.alpha_zeta)]:
+        certify.alpha_after_noise(alpha, samples, pixels, config.sigma)
     enough = config.batch_size >= 2 * WORLD
     require(enough, f"--batch-size {config.batch_size} is too small for {WORLD} processes")
     fits = config.n_p <= config.search_n
@@ -932,12 +934,12 @@ def show_progress(label: str, done: int, total: int, first: int, began: float) -
         print(f"\r  {line:<90}\r", end="", file=sys.stderr, flush=True)
 
 
-def estimate_times(base: Classifier, images: ImageSet, config: Config) -> str:
-    """What the steps of a run take here, by one timed batch of each kind of work."""
-    start, table = prepare(base, images, config)
-    models.set_policy(start, models.uniform_policy(table, 4))
-    network = integer_network(start, config)
-    x = images.batch(range(1), config.device).repeat(config.eval_batch, 1, 1, 1)
+def estimate_hours(base: Classifier, images: ImageSet, config: Config) -> str:
+    """What the steps of a run take here, by a timed batch of each kind of work."""
+    quantized, table = prepare(base, images, config)
+    models.set_policy(quantized, models.uniform_policy(table, 4))
+    network = integer_network(quantized, config)
+    x = images.batch([0] * config.eval_batch, config.device)
 
     def seconds(work: Callable) -> float:
         work()  # starts what only the first call starts
@@ -945,22 +947,22 @@ def estimate_times(base: Classifier, images: ImageSet, config: Config) -> str:
         work()
         return time.monotonic() - began
 
-    untrained, quantized = copy.deepcopy(base), copy.deepcopy(start)
-    batch = seconds(lambda: train(untrained, images, config, 1, 0.0))
-    tuning = seconds(lambda: fine_tune(quantized, base, images, config, 1, ""))
+    float_copy = copy.deepcopy(base)
+    float_batch = seconds(lambda: train(float_copy, images, config, 1, BASE_LR))
+    batch = seconds(lambda: fine_tune(quantized, base, images, config, 1, ""))
     with torch.inference_mode():
-        timed = [seconds(lambda: f(x)) for f in (base, network)]
-    float_pass, passed = [value / config.eval_batch / WORLD for value in timed]
+        float_pass = seconds(lambda: base(x)) / len(x) / WORLD
+        integer_pass = seconds(lambda: network(x)) / len(x) / WORLD
     epoch = len(images) // config.batch_size
-    episode = config.episode_batches * tuning + config.search_images * config.n_p * passed
-    hours = {
-        "base": 0 if config.checkpoint else config.epochs * epoch * batch,
+    episode = config.episode_batches * batch + config.search_images * config.n_p * integer_pass
+    steps = {
+        "base": 0 if config.checkpoint else config.epochs * epoch * float_batch,
         "search": 0 if config.policy else config.episodes * episode,
-        "fine-tuning": config.finetune_epochs * epoch * tuning,
-        "certificates": config.images * config.n * (float_pass + passed),
+        "fine-tuning": config.finetune_epochs * epoch * batch,
+        "certificates": config.images * config.n * (float_pass + integer_pass),
     }
-    parts = ", ".join(f"{name} {value / 3600:.2f}" for name, value in hours.items())
-    return f"about {sum(hours.values()) / 3600:.2f} hours here: {parts}"
+    shares = ", ".join(f"{name} {value / 3600:.2f}" for name, value in steps.items())
+    return f"about {sum(steps.values()) / 3600:.2f} hours here: {shares}"
 
 
 def summarize(rows, network, table, policy: Policy, config: Config, file: Path) -> dict:

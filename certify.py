@@ -127,6 +127,18 @@ def draw_noise(key: str, image_id: int, chunk: int, shape, device, sigma, levels
     return m.view(shape)
 
 
+def alpha_after_noise(alpha: float, n: int, pixels: int, sigma: float, levels=255) -> float:
+    """alpha less the total variation of n samples' noise to Gaussian noise; pixels has all
+    channels. ValueError if then even n votes of n certify nothing."""
+    error = 0.0
+    if levels is not None:  # measured: at most a third of this
+        error = n * pixels * (levels * sigma * 2**-57 + 2**-50)
+    least = 0.5**n + error
+    enough = least < alpha < 1
+    require(enough, f"{n} samples need alpha in {least:.2g} to 1, not {alpha}; take more")
+    return alpha - error
+
+
 # ---- certificates ----
 class Certificate(NamedTuple):  # other tools know the first six fields only
     idx: int  # the image's id
@@ -179,8 +191,8 @@ class Smooth:
     As k is integer, round(k + levels eps) = k + m with m = round(levels eps): f votes on
     (k + m) / levels as F on x + eps, and Cohen et al. prove it for F and g.
     What the drawn m are off by, in total variation, is taken off alpha.
-    Assumed: random bits; one answer of f per input, whatever the batch. Integer networks
-    give it; float ones may round differently in other batches."""
+    Assumed: the generator's bits are as random ones; f has one answer per input, whatever
+    the batch. Integer networks do; float ones may round differently in other batches."""
 
     def __init__(
         self, classifier, num_classes, sigma, seed=0, batch_size=100, purpose="main", levels=255
@@ -205,7 +217,7 @@ class Smooth:
         """CERTIFY for the base classifier f, as a ReplayCache.
         skip_wrong: no samples where c_A is wrong, which adds 0 to every ACR."""
         start = time.monotonic()
-        alpha = self._left_of(alpha, images, n)
+        alpha = self._alpha(alpha, images, n)
         ids = range(len(images)) if ids is None else ids
         # counts0 <- SampleUnderNoise(f, x, n0, sigma)
         counts0 = self.sample_under_noise(images, ids, n0, self.key + "/select")
@@ -240,7 +252,7 @@ class Smooth:
 
     def predict(self, images, ids=None, n=1000, alpha=0.001) -> list[int]:
         """PREDICT (Cohen et al., section 3.2.1): classes, each wrong with at most alpha."""
-        alpha = self._left_of(alpha / 2, images, n)
+        alpha = self._alpha(alpha / 2, images, n)
         ids = range(len(images)) if ids is None else ids
         # counts <- SampleUnderNoise(f, x, n, sigma)
         counts = self.sample_under_noise(images, ids, n, self.key + "/predict")
@@ -266,7 +278,7 @@ class Smooth:
         ours = self.sigma, self.levels
         require(theirs == ours, f"sigma, levels: the cache has {theirs}, not {ours}")
         require(n_p <= n, f"n_p = {n_p} exceeds the {n} cached samples")
-        alpha_zeta = self._left_of(alpha_zeta, images, n_p)
+        alpha_zeta = self._alpha(alpha_zeta, images, n_p)
         # c_A, p_A <- what f was certified with
         rows = [(row.selected, row.label, row.idx, row.n_a) for row in cache.certificates]
         selected, labels, ids, n_a = torch.tensor(rows).T
@@ -296,18 +308,12 @@ class Smooth:
         columns += [methods, right * n_p, torch.where(replay, zeta, math.nan)]
         return _records(IncrementalCertificate, columns)
 
-    def _left_of(self, alpha: float, images, n: int) -> float:
-        """alpha less the total variation of n samples' noise to Gaussian noise."""
-        error = 0.0
-        if self.levels is not None:  # measured: at most a third of this
-            per_pixel = self.levels * self.sigma * 2**-57 + 2**-50
-            error = n * math.prod(images.shape[1:]) * per_pixel
-        least = 0.5**n + error  # even if all samples agree
-        require(least < alpha < 1, f"n = {n} needs alpha in {least:.2g} to 1, not {alpha}")
-        return alpha - error
+    def _alpha(self, alpha: float, images, n: int) -> float:
+        pixels = math.prod(getattr(images, "shape", ())[1:])
+        return alpha_after_noise(alpha, n, pixels, self.sigma, self.levels)
 
     def _checked_images(self, images) -> Tensor:
-        """k of images k / levels; for float noise the images themselves."""
+        """k of images k / levels, as close as float32 can; for float noise the images."""
         is_batch = isinstance(images, Tensor) and images.ndim == 4 and len(images) > 0
         require(is_batch, "images must be a tensor (B, C, H, W) of at least one image")
         valid = images.is_floating_point() and ((images >= 0) & (images <= 1)).all()
@@ -316,7 +322,7 @@ class Smooth:
             return images
         scaled = images.float() * self.levels
         k = scaled.round()
-        near = (scaled - k).abs().max() < self.levels / 2**20
+        near = (scaled - k).abs().max() < self.levels / 2**22
         rounded = f"(x.float() * {self.levels}).round() / {self.levels}"
         require(near, f"off the grid: round images, {rounded}")
         return k

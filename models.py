@@ -205,8 +205,8 @@ class LSQ(nn.Module):
     """The quantizer of one operand: learned step sizes, simulated bits in training.
 
     channels: of a weight, a step for each, a symmetric range; None: an input, one step.
-    Another quantizer is a subclass: `initial_step`, `forward`, `integers`; certified is
-    step * integers(v)."""
+    Another quantizer is a subclass: `initial_step`, `forward` and, of weights, `integers`;
+    what is certified is step * integers(v), where inputs are round(v / step), clipped."""
 
     initial_step = staticmethod(best_step)  # (v (rows, elements), q_min, q_max) -> (rows,)
 
@@ -422,7 +422,7 @@ def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
             layers.append((layer_row(name, module, inputs[0], out), in_shape))
             outputs.append(out)
         elif module.affine and module.track_running_stats:
-            norms[id(inputs[0])] = name
+            norms[inputs[0]] = name  # by identity; kept, or its id would be another's
 
     for module in names:
         if isinstance(module, LAYERS + NORMS):
@@ -437,7 +437,7 @@ def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
             times = called.count(names[module])
             require(times == 1, f"layer {name} runs {times} times, not once (aux_logits?)")
             require(name == names[module], f"layer {name} has a second name, {names[module]}")
-    return logits, [(*layer, norms.get(id(out))) for layer, out in zip(layers, outputs)]
+    return logits, [(*layer, norms.get(out)) for layer, out in zip(layers, outputs)]
 
 
 def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> Layer:
@@ -580,7 +580,8 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
     `batch`, by which GPUs choose kernels; layers of 32 bits stay. Backends give the same
     integers up to rounding ties. `network.backend` names what runs. Raises ValueError, which
     names the layer, for inexact sums or numbers that are not finite; so does the network."""
-    require(not hasattr(classifier, "backend"), "integer_network made this network")
+    frozen = any(type(m) is Int8Layer for m in classifier.modules())
+    require(not frozen, "integer_network made this network")
     network, used = copy.deepcopy(classifier), set()
     for name, layer in quant_layers(network).items():
         if layer.w_bits == FLOAT_BITS:
@@ -665,7 +666,6 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
         "mean": classifier.mean.flatten().tolist(),
         "std": classifier.std.flatten().tolist(),
         "float": {name: value.tolist() for name, value in norms.items()},
-        "option_a": False,  # of files of older versions: shortcuts without weights
     }
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     data = MAGIC + struct.pack("<HI", VERSION, len(text)) + text
@@ -691,8 +691,6 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
     """What pack_model saved: frozen classifier, table, description. ValueError: broken."""
     saved, data = read_packed(path) or (None, None)
     require(saved, f"{path}: not a network saved by this program")
-    if saved.get("option_a"):
-        raise ValueError(f"{path} has shortcuts without weights, of an older version")
     numbers = len(saved["classes"]), saved["mean"], saved["std"]
     classifier = build_classifier(saved["arch"], *numbers)
     table = quantize_model(classifier, saved["image_size"])
@@ -715,7 +713,7 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
     return classifier.eval(), table, saved
 
 
-# ---- faster, same integers: skip at first reading ----
+# ---- faster, the same up to rounding ties: skip at first reading ----
 # Where torch has lost quantize_per_tensor, layers run on float32.
 warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 

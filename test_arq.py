@@ -485,7 +485,7 @@ def test_what_names_no_class_and_wrong_arguments_are_refused(method):
         METHODS[method](Smooth(answer, None, 0.25), x, [0, 1], None)
     METHODS[method](Smooth(f, None, 0.25), (255 * x).round() * (1 / 255), [0, 1], None)
     for n, alpha in ((9, 0.001), (1000, 1e-13), (1000, 2.0)):
-        with pytest.raises(ValueError, match=f"n = {n} needs alpha"):
+        with pytest.raises(ValueError, match=f"{n} samples need alpha"):
             METHODS[method](Smooth(f, 3, 0.25), x, [0, 1], None, 10, n, alpha)
     for sigma, batch_size in ((0.25, 0), (0.001, 1), (math.nan, 1)):
         with pytest.raises(ValueError, match="sigma|batch_size"):
@@ -1834,11 +1834,11 @@ def fails(arguments, capsys, *words, code=2) -> bool:
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ("--sigma 0", ["--sigma", "0.001"]),
-        ("--sigma 25", ["--sigma", "from 0.001 to 4", "[0, 1] pixels"]),
+        ("--sigma 0", ["--sigma", "0.004"]),
+        ("--sigma 25", ["--sigma", "from 0.004 to 4", "[0, 1] pixels"]),
         ("--sigma nan", ["--sigma"]),
         ("--budget 0.004", ["--budget", "0.00"]),
-        ("--n 9", ["--n 9", "at least 10"]),
+        ("--n 9", ["9 samples", "alpha", "take more"]),
         ("--dataset cifar11", ["cifar11", "cifar10"]),
         ("--dataset folder --data /nowhere", ["/nowhere", "train/<class>"]),
         ("--dataset imagenet --data /nowhere", ["/nowhere", "val/"]),
@@ -1851,7 +1851,7 @@ def fails(arguments, capsys, *words, code=2) -> bool:
         ("--alpha 0.5", ["--alpha", "0.5"]),
         ("--images 2000", ["--images 2000", "1000"]),
         ("--finetune-epochs nan", ["--finetune-epochs"]),
-        ("--policy 9", ["layer layer1.0.conv1", "bits are 2 to 8"]),
+        ("--policy 32", ["--policy 32", "bits are 2 to 8"]),
         ("--policy /nowhere.json", ["--policy /nowhere.json", "no such file"]),
         ("--policy README.md", ["README.md", "no JSON file"]),
     ],
