@@ -119,7 +119,7 @@ def evaluate_policy(policy, cache, start, base, images, search_pixels, config, f
     except FloatingPointError:  # training diverged: there is nothing to certify
         return 0.0
     network = integer_network(quantized, config)
-    g = smooth(network, images.classes, config, "finalists")
+    g = SharedSmooth(network, images.classes, config, "finalists")
     if final:
         labels, ids = zip(*[(row.label, row.idx) for row in cache.certificates])
         rows = g.certify(search_pixels, labels, ids, config.n0, config.search_n, config.alpha)
@@ -447,7 +447,7 @@ def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config
 def certify_images(network, images: ImageSet, config: Config, purpose: str, state, save):
     """CERTIFY by blocks of images, each saved: a table or, for the search, what
     `read_cache` takes. purpose names the noise."""
-    g = smooth(network, images.classes, config, purpose)
+    g = SharedSmooth(network, images.classes, config, purpose)
     is_cache = purpose == "search"  # which spends no samples on images of wrong class
     n = config.search_n if is_cache else config.n
     rows, predictions, key = state or ([], torch.zeros(0, n, dtype=torch.uint8), "")
@@ -500,7 +500,15 @@ class RunFolder:
             same = before.get(name) == options[name]
             require(same, f"{path} holds another run, {both}; give another --out")
         self.path.mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.path / "run.lock")
+        self.lock = (self.path / "run.lock").open("a")
+        if RANK == 0 and os.name == "posix":
+            import fcntl  # Windows has none, and no lock
+
+            try:  # lockf works over NFS, ends with the process, and is not for workers
+                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:  # of other kinds where a file system has no locks
+                free = not isinstance(error, (BlockingIOError, PermissionError))
+                require(free, f"another process is at work in {path}")
         gather(None)  # every process has seen the folder as it was
         write_whole(file, options)
 
@@ -529,20 +537,6 @@ class RunFolder:
         save(None)
         gather(None)
         return file
-
-
-def lock(path: Path):
-    """A file that is this process's while it is open."""
-    file = path.open("a")
-    if RANK == 0 and os.name == "posix":
-        import fcntl  # Windows has none, and no lock
-
-        try:  # lockf is seen over NFS, ends with the process, and is not handed to workers
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:  # of other kinds where a file system has no locks
-            free = not isinstance(error, (BlockingIOError, PermissionError))
-            require(free, f"another process is at work in {path.parent}")
-    return file
 
 
 def take_along(config: Config, folder: RunFolder) -> None:
@@ -631,24 +625,24 @@ class Config:
     dataset: str = option("shapes", "images; shapes are drawn here", choices=DATASETS)
     data: str = option("data", "folder of the images; CIFAR-10 is downloaded to it")
     image_size: int = option(32, "side of the images, in pixels", 8, 4096)
-    search_images: int = option(100, "training images held out for the search", 1, MOST)
+    search_images: int = option(80, "training images held out for the search", 1, MOST)
     images: int = option(100, "test images, evenly spaced over the set", 1, MOST)
     # method
     arch: str = option("resnet8", "network", choices=tuple(models.NETWORKS))
     sigma: float = option(0.25, "deviation of the noise, in [0, 1] pixels", 0.004, 4)
     budget: float = option(0.015, "BitOPs allowed, of the float network's", 1e-5, 1)
-    episodes: int = option(24, "episodes of the search, one policy each", 1, MOST)
-    finalists: int = option(5, "best policies, all different, evaluated again", 0, MOST)
-    search_n: int = option(500, "samples of the base per search image", 1, MOST)
-    n_p: int = option(200, "samples of a policy per search image", 1, MOST)
+    episodes: int = option(20, "episodes of the search, one policy each", 1, MOST)
+    finalists: int = option(3, "best policies, all different, evaluated again", 0, MOST)
+    search_n: int = option(400, "samples of the base per search image", 1, MOST)
+    n_p: int = option(150, "samples of a policy per search image", 1, MOST)
     gamma: float = option(0.99, "p_A from which IRS draws fresh samples", 0, 1)
     alpha_zeta: float = option(0.001, "alpha of the disparity zeta of IRS", 1e-9, 0.49)
     policy: str = option(None, "no search: a policy.json, or a bit-width such as 4")
     # training
     checkpoint: str = option(None, "float base; else one is trained")
     epochs: int = option(6, "epochs of the base", 1, MOST)
-    episode_batches: int = option(16, "training batches of a policy's episode", 0, MOST)
-    finetune_epochs: float = option(3.0, "epochs of the best policy", 0, 1e6)
+    episode_batches: int = option(8, "training batches of a policy's episode", 0, MOST)
+    finetune_epochs: float = option(2.0, "epochs of the best policy", 0, 1e6)
     distill: float = option(0.7, "share of the base in the last targets", 0, 1)
     batch_size: int = option(128, "images in a training batch", 2, MOST)
     # certificates
@@ -667,7 +661,7 @@ GROUPS = {"dataset": "data", "arch": "method", "checkpoint": "training"}  # by f
 GROUPS |= {"n0": "certificates", "seed": "run"}
 LONG = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 12.0, "episodes": 600}
 LONG |= {"episode_batches": 48, "search_images": 200, "search_n": 1000, "n_p": 250}
-LONG |= {"images": 500, "n": 10_000}
+LONG |= {"images": 500, "n": 10_000, "finalists": 5}
 LARGE = {"arch": "resnet50", "finetune_epochs": 10.0, "gamma": 0.995, "image_size": 224}
 # What the data sets have in place of the defaults.
 PRESETS = {"shapes": {}, "cifar10": LONG, "folder": LONG, "imagenet": LONG | LARGE}
@@ -908,7 +902,11 @@ def gather(value) -> list:
 
 
 class SharedSmooth(Smooth):
-    """The same certificates, however many processes sample them."""
+    """The same certificates, however many processes sample them. purpose names the noise."""
+
+    def __init__(self, network, classes: list[str], config: Config, purpose: str):
+        settings = config.sigma, config.seed, config.eval_batch, purpose
+        super().__init__(network, len(classes), *settings)
 
     def predictions(self, images, ids, sizes, key):
         # Images of wrong class get no samples: the others are shared.
@@ -916,12 +914,6 @@ class SharedSmooth(Smooth):
         table = super().predictions(images, ids, torch.where(turns == RANK, sizes, 0), key)
         missing = int(sizes.max()) - table.shape[1]
         return sum(gather(F.pad(table, (0, missing))))  # zeros where others sampled
-
-
-def smooth(network, classes: list[str], config: Config, purpose: str) -> Smooth:
-    """The smoothed classifier of a run. purpose names its noise."""
-    settings = config.sigma, config.seed, config.eval_batch, purpose
-    return SharedSmooth(network, len(classes), *settings)
 
 
 # ---- reports ----
@@ -955,9 +947,12 @@ def estimate_hours(base: Classifier, images: ImageSet, config: Config) -> str:
         integer_pass = seconds(lambda: network(x)) / len(x) / WORLD
     epoch = len(images) // config.batch_size
     episode = config.episode_batches * batch + config.search_images * config.n_p * integer_pass
+    samples = config.search_images * config.search_n  # of the base, and of each finalist
+    finalist = 2 * config.episode_batches * batch + samples * integer_pass
+    search = config.episodes * episode + config.finalists * finalist + samples * float_pass
     steps = {
         "base": 0 if config.checkpoint else config.epochs * epoch * float_batch,
-        "search": 0 if config.policy else config.episodes * episode,
+        "search": 0 if config.policy else search,
         "fine-tuning": config.finetune_epochs * epoch * batch,
         "certificates": config.images * config.n * (float_pass + integer_pass),
     }
