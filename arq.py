@@ -116,9 +116,9 @@ def evaluate_policy(policy, cache, start, base, images, search_pixels, config, f
     num_batches = config.episode_batches * (2 if final else 1)
     try:
         fine_tune(quantized, base, images, config, num_batches, "episode")
+        network = integer_network(quantized, config)
     except FloatingPointError:  # training diverged: there is nothing to certify
         return 0.0
-    network = integer_network(quantized, config)
     g = SharedSmooth(network, images.classes, config, "finalists")
     if final:
         labels, ids = zip(*[(row.label, row.idx) for row in cache.certificates])
@@ -928,18 +928,20 @@ def show_progress(label: str, done: int, total: int, first: int, began: float) -
 
 def estimate_hours(base: Classifier, images: ImageSet, config: Config) -> str:
     """What the steps of a run take here, by a timed batch of each kind of work."""
-    quantized, table = prepare(base, images, config)
+    x = images.batch([0] * config.eval_batch, config.device)
+    quantized, float_copy = copy.deepcopy(base), copy.deepcopy(base)
+    table = models.quantize_model(quantized, config.image_size)
+    models.calibrate(quantized, [x], values=100)
     models.set_policy(quantized, models.uniform_policy(table, 4))
     network = integer_network(quantized, config)
-    x = images.batch([0] * config.eval_batch, config.device)
 
     def seconds(work: Callable) -> float:
-        work()  # starts what only the first call starts
-        began = time.monotonic()
-        work()
+        for _ in range(2):  # the first call starts what only it starts
+            began = time.monotonic()
+            with contextlib.suppress(FloatingPointError):
+                work()
         return time.monotonic() - began
 
-    float_copy = copy.deepcopy(base)
     float_batch = seconds(lambda: train(float_copy, images, config, 1, BASE_LR))
     batch = seconds(lambda: fine_tune(quantized, base, images, config, 1, ""))
     with torch.inference_mode():

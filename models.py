@@ -578,8 +578,9 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
 
     Every layer runs on the first of `backends` whose sums are exact for it at batches of
     `batch`, by which GPUs choose kernels; layers of 32 bits stay. Backends give the same
-    integers up to rounding ties. `network.backend` names what runs. Raises ValueError, which
-    names the layer, for inexact sums or numbers that are not finite; so does the network."""
+    integers up to rounding ties. `network.backend` names what runs. Errors name the layer:
+    ValueError for inexact sums, FloatingPointError for weights that are not finite. The
+    network raises ValueError for such inputs."""
     frozen = any(type(m) is Int8Layer for m in classifier.modules())
     require(not frozen, "integer_network made this network")
     network, used = copy.deepcopy(classifier), set()
@@ -589,7 +590,8 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
         require(not is_hooked(layer), f"layer {name} has hooks: integers would lose them")
         layer = layer.freeze()
         finite = layer.scale.abs() * 2.0**31 + layer.shift.abs() < LARGEST
-        require(finite.all(), f"layer {name}: weights or BatchNorm are not finite")
+        if not finite.all():
+            raise FloatingPointError(f"layer {name}: weights or BatchNorm are not finite")
         backend = next((b for b in backends if has_exact_sums(layer, b, batch)), None)
         require(backend, f"layer {name}: no sums are exact here; use --device cpu")
         body_of(network).set_submodule(name, BACKENDS[backend](layer))
