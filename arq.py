@@ -588,16 +588,13 @@ def read_json(path: Path):
 
 def read_policy(source, table: list[Layer], budget: float) -> Policy:
     """--policy: a bit-width for all layers, forced under the budget, or a file that fits."""
-    names = [layer.name for layer in table]
-    if str(source).isdigit():
-        bits = int(source)
-        require(2 <= bits <= models.MAX_BITS, f"--policy {bits}: bits are 2 to 8")
-        policy = models.uniform_policy(table, bits)
-        return models.enforce_budget(table, policy, budget)
-    policy = read_json(Path(source))
-    models.check_policy(names, policy)
+    uniform = str(source).isdigit()
+    policy = models.uniform_policy(table, int(source)) if uniform else read_json(Path(source))
+    models.check_policy([layer.name for layer in table], policy)
     narrow = max(map(max, policy.values())) <= models.MAX_BITS
-    require(narrow, f"{source}: a run packs 2 to 8 bits; it certifies the float base, too")
+    require(narrow, f"--policy {source}: a run packs 2 to 8 bits in each layer")
+    if uniform:
+        return models.enforce_budget(table, policy, budget)
     ratio = models.bitops_ratio(table, policy)
     require(ratio <= budget, f"{source} costs {ratio:.6f} of the BitOPs; raise --budget")
     return policy

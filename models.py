@@ -142,7 +142,7 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         message = f"{path} holds no {arch} with {num_classes} classes"
-        raise ValueError(f"{message}; give its --arch ({reason})") from None
+        raise ValueError(f"{message}; give its --dataset and --arch ({reason})") from None
     return classifier
 
 

@@ -43,7 +43,7 @@ from certify import ABSTAIN, Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig, actor_loss, critic_loss, soft_update
 
 HERE = Path(__file__).parent
-LINES = 2511
+LINES = 2508
 KEY = "0|test"
 
 
@@ -1851,7 +1851,7 @@ def fails(arguments, capsys, *words, code=2) -> bool:
         ("--alpha 0.5", ["--alpha", "0.5"]),
         ("--images 2000", ["--images 2000", "1000"]),
         ("--finetune-epochs nan", ["--finetune-epochs"]),
-        ("--policy 32", ["--policy 32", "bits are 2 to 8"]),
+        ("--policy 32", ["--policy 32", "2 to 8 bits"]),
         ("--policy /nowhere.json", ["--policy /nowhere.json", "no such file"]),
         ("--policy README.md", ["README.md", "no JSON file"]),
     ],
