@@ -729,7 +729,7 @@ def complete_config(given: dict) -> Config:
     require(fits, f"--n-p {config.n_p} exceeds --search-n {config.search_n}")
     name = f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-budget{config.budget:g}"
     for file in filter(None, (config.policy, config.evaluate)):
-        name += f"-{Path(file).parent.name}-{Path(file).stem}"
+        name += "-" + "-".join(Path(file).parts[-2:])
     config.out = config.out or f"runs/{name}-seed{config.seed}"
     return config
 
