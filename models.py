@@ -36,6 +36,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models import mobilenetv2, resnet
 from torchvision.models.resnet import BasicBlock
 
 MIN_BITS, MAX_BITS, FLOAT_BITS = 2, 8, 32
@@ -596,6 +597,10 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
         require(backend, f"layer {name}: no sums are exact here; use --device cpu")
         body_of(network).set_submodule(name, BACKENDS[backend](layer))
         used.add(backend)
+    types = {type(module) for module in body_of(network).modules()}
+    if types <= FINITE and not is_hooked(network):
+        for layer in list(quant_layers(network).values())[1:]:
+            layer.reads_kernel = True
     network.backend = "+".join(sorted(used, reverse=True)) or "float"
     fuse_blocks(network.eval())
     return network.eval()
@@ -785,20 +790,22 @@ class Int8Layer(IntegerLayer):
 
 
 BACKENDS = {"int8": Int8Layer, "float32": IntegerLayer.freeze}
+# Of these modules, only the first layer can read what is not finite.
+FINITE = {Int8Layer, IntegerLayer, CifarResNet, BasicBlock, nn.Sequential, nn.Identity}
+FINITE |= {nn.ReLU, nn.ReLU6, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Dropout}
+FINITE |= {resnet.ResNet, resnet.Bottleneck, mobilenetv2.MobileNetV2}
+FINITE |= {mobilenetv2.InvertedResidual, torchvision.ops.Conv2dNormActivation}
 
 
 class FusedBlock(nn.Module):
     """A BasicBlock of int8 layers in two kernels: relu(conv2(relu(conv1(x))) + shortcut(x)).
     The sum overwrites x, which nobody else reads in a CifarResNet."""
 
-    def __init__(self, block: BasicBlock, reads_kernel: bool):
+    def __init__(self, block: BasicBlock):
         super().__init__()
         self.conv1 = Int8Layer(block.conv1, relu=True, reader=block.conv2)
         self.conv2 = Int8Layer(block.conv2, relu=True)
         self.downsample = block.downsample
-        for layer in quant_layers(self).values():
-            layer.reads_kernel = True  # conv1 checks x for all
-        self.conv1.reads_kernel = reads_kernel
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.conv1(x)
@@ -818,16 +825,14 @@ def fuse_blocks(network: nn.Module) -> None:
     if type(body) is not CifarResNet or is_hooked(body):
         return
     types = type(body.conv1), type(body.bn1), type(body.relu)
-    reads_kernel = types == (Int8Layer, nn.Identity, nn.ReLU)
-    if reads_kernel:
+    if types == (Int8Layer, nn.Identity, nn.ReLU):
         fused = {"conv1": Int8Layer(body.conv1, relu=True), "relu": nn.Identity()}
     for name, block in body.named_modules():  # in order of execution
         if type(block) is BasicBlock:
             types = {type(block.conv1), type(block.conv2)}
             types |= {type(block.bn1), type(block.bn2), type(block.relu)}
             if types == {Int8Layer, nn.Identity, nn.ReLU}:
-                fused[name] = FusedBlock(block, reads_kernel)
-            reads_kernel = name in fused
+                fused[name] = FusedBlock(block)
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(8, *body.conv1.in_shape, generator=generator)
     x = (x + 0.25 * torch.randn(x.shape, generator=generator)).to(body.fc.weight.device)
