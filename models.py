@@ -1,8 +1,8 @@
 """Networks, the quantizer, and what a bit-width policy costs.
 
-    table = quantize_model(classifier, image_size)     # layers become QuantLayers, in place
+    table = quantize_model(classifier, image_size)     # layers become QuantLayers
     calibrate(classifier, batches)                     # step sizes for every bit-width
-    set_policy(classifier, uniform_policy(table, 4))   # bits change at any time; then train
+    set_policy(classifier, uniform_policy(table, 4))   # at any time; then train
     network = integer_network(classifier)              # what is evaluated and certified
     data = pack_model(classifier, table, description)  # the same integers as a file
 
@@ -62,7 +62,7 @@ def shortcut(c_in: int, c_out: int) -> nn.Module:
 
 
 class CifarResNet(nn.Module):
-    """ResNet of depth 6n + 2 for small images: n blocks each of 16, 32 and 64 channels."""
+    """ResNet of depth 6n + 2: n blocks each of 16, 32 and 64 channels."""
 
     def __init__(self, depth: int, num_classes: int):
         super().__init__()
@@ -109,7 +109,7 @@ for depth in (8, 20, 32, 44, 56, 110):
 
 
 def build_classifier(arch: str, num_classes: int, mean=None, std=None) -> Classifier:
-    """A float Classifier by name, normalised as usual unless mean and std are given."""
+    """A float Classifier by name, normalised as usual or by mean and std."""
     require(arch in NETWORKS, f"unknown network {arch!r}, not of {', '.join(NETWORKS)}")
     constructor, (usual_mean, usual_std) = NETWORKS[arch]
     net = constructor(num_classes=num_classes)
@@ -149,7 +149,7 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
 
 # ---- quantizer ----
 def integer_range(bits: int, signed: bool, symmetric: bool = False) -> tuple[int, int]:
-    """[q_min, q_max]: 0..2^b - 1, or -2^(b-1)..2^(b-1) - 1; symmetric: not the lowest."""
+    """[q_min, q_max]: 0..2^b - 1, or -2^(b-1)..2^(b-1) - 1, symmetric without the lowest."""
     if not signed:
         return 0, 2**bits - 1
     q_max = 2 ** (bits - 1) - 1
@@ -409,7 +409,7 @@ def check_weights(name: str, module: nn.Module) -> None:
 
 
 def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
-    """The logits of a probe; each layer's row, input shape and BatchNorm, as they run."""
+    """The logits of a probe; each layer's row, input shape and BatchNorm."""
     body = body_of(classifier)
     names = {module: name for name, module in body.named_modules()}
     layers, outputs, norms = [], [], {}
@@ -588,11 +588,11 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
     for name, layer in quant_layers(network).items():
         if layer.w_bits == FLOAT_BITS:
             continue
-        require(not is_hooked(layer), f"layer {name} has hooks: integers would lose them")
+        require(not is_hooked(layer), f"layer {name} has hooks")
         layer = layer.freeze()
         finite = layer.scale.abs() * 2.0**31 + layer.shift.abs() < LARGEST
         if not finite.all():
-            raise FloatingPointError(f"layer {name}: weights or BatchNorm are not finite")
+            raise FloatingPointError(f"layer {name}: weights are not finite")
         backend = next((b for b in backends if has_exact_sums(layer, b, batch)), None)
         require(backend, f"layer {name}: no sums are exact here; use --device cpu")
         body_of(network).set_submodule(name, BACKENDS[backend](layer))
@@ -628,7 +628,7 @@ MAGIC, VERSION = b"ARQ\n", 2
 
 
 def pack_bits(values: Tensor, bits: int) -> bytes:
-    """Symmetric integers, shifted to start at 0, so many bits each, lowest bit first."""
+    """Symmetric integers, shifted to start at 0, lowest bit first."""
     shifted = values.flatten().cpu().to(torch.int16) + (2 ** (bits - 1) - 1)
     planes = (shifted[:, None] >> torch.arange(bits, dtype=torch.int16)) & 1
     octets = F.pad(planes.flatten(), (0, -planes.numel() % 8)).view(-1, 8)
@@ -683,13 +683,13 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
 
 
 def read_packed(path) -> tuple[dict, bytes] | None:
-    """Header and tensors of a file of pack_model; None for others; ValueError: broken."""
+    """Header and tensors of a packed file; None for others; ValueError: broken."""
     data = Path(path).read_bytes()
     if data[:4] != MAGIC:
         return None
     version, length = struct.unpack_from("<HI", data.ljust(10, b"\0"), 4)
     known, whole = version <= VERSION, hashlib.sha256(data[:-32]).digest() == data[-32:]
-    require(known, f"{path} is altered, or of version {version}, not {VERSION}; update this")
+    require(known, f"{path} is of version {version}, not {VERSION}; update this")
     require(whole, f"{path} is truncated or altered: its checksum is wrong; copy it")
     return json.loads(data[10 : 10 + length]), data[10 + length : -32]
 
@@ -726,7 +726,7 @@ warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 
 
 class Int8Layer(IntegerLayer):
-    """The same on oneDNN: from floats or uint8; a ReLU; to floats or a reader's uint8."""
+    """The same on oneDNN, from floats or uint8, to floats or a reader's uint8."""
 
     backend = "int8"
 
@@ -786,7 +786,7 @@ class Int8Layer(IntegerLayer):
         return op.binary(*operands, residual, *results, 1.0, 0, "sum", 1.0, relu, [], "")
 
     def __reduce_ex__(self, protocol):
-        raise ValueError("int8 layers are not pickled or copied: pack_model saves them")
+        raise ValueError("int8 layers are not pickled: pack_model saves them")
 
 
 BACKENDS = {"int8": Int8Layer, "float32": IntegerLayer.freeze}
