@@ -1,6 +1,6 @@
 """ARQ: mixed-precision quantization that keeps a network's certified robustness.
 
-    python arq.py                                                # offline, minutes on two cores
+    python arq.py  # offline, minutes on two cores
     python arq.py --dataset cifar10 --sigma 0.25 --budget 0.015  # the paper's setting
 
 Algorithm 1 of the paper (Yang et al., arXiv 2410.24214), and who does each line:
@@ -59,7 +59,7 @@ from models import Classifier, Layer, Policy, require
 
 # ---- Algorithm 1 ----
 class BitWidthEnvironment:
-    """An episode walks the layers; each has two decisions, its weights' and its input's bits.
+    """An episode walks the layers; each has two decisions: bits of weights, bits of input.
 
     The first and the last layer keep 8 bits and are not visited. A state (10,) holds HAQ's
     features (Wang et al., 2019, section 3.2), min-max normalised, and the previous bits.
@@ -182,7 +182,7 @@ BFLOAT16 = {"cuda": True, "mps": False, "cpu": torch.cpu._is_avx512_bf16_support
 
 
 def augment(images: Tensor, uniform: Tensor) -> Tensor:
-    """Shift images (B, C, H, W) by up to an eighth of the side; flip. uniform: (3, B)."""
+    """Shift (B, C, H, W) by up to an eighth of the side; flip. uniform: (3, B)."""
     count, _, height, width = images.shape
     pad = max(1, height // 8)
     top, left = (uniform[:2, :, None] * (2 * pad + 1)).long()
@@ -270,7 +270,7 @@ def train(
             momenta = optimizer.state_dict()
             save({"classifier": weights, "optimizer": momenta, "batch": end})
     for buffer in classifier.buffers() if WORLD > 1 else ():
-        distributed.broadcast(buffer, 0)  # BatchNorm's statistics were each process's own
+        distributed.broadcast(buffer, 0)  # BatchNorm's statistics differed
     classifier.eval()
 
 
@@ -474,7 +474,7 @@ def read_cache(file: Path) -> ReplayCache:
     rows, predictions, key = read_state(file)
     rows = [Certificate(*row) for row in rows]
     useful = any(row.radius > 0 for row in rows)
-    require(useful, "the base certifies no search image; lower --sigma, or train it longer")
+    require(useful, "the base certifies no search image; train it longer")
     return ReplayCache(rows, predictions, key)
 
 
@@ -587,7 +587,7 @@ def read_json(path: Path):
 
 
 def read_policy(source, table: list[Layer], budget: float) -> Policy:
-    """--policy: a bit-width for all layers, forced under the budget, or a file that fits."""
+    """A bit-width for all layers, forced under the budget, or a file that fits."""
     uniform = str(source).isdigit()
     policy = models.uniform_policy(table, int(source)) if uniform else read_json(Path(source))
     models.check_policy([layer.name for layer in table], policy)
@@ -830,7 +830,7 @@ def read_image(path: str, size: int) -> Tensor:
     try:
         with Image.open(path) as file:
             eight_bits = file.mode[0] not in "IF"
-            require(eight_bits, f"mode {file.mode} has no fixed range: save it with 8 bits")
+            require(eight_bits, f"mode {file.mode} has no fixed range: save 8 bits")
             image = TF.pil_to_tensor(file.convert("RGB"))
     except Exception as error:  # decoders raise many kinds for broken files
         message = f"{path}: no readable image ({str(error)[:80]}); repair or remove it"
@@ -899,7 +899,7 @@ def gather(value) -> list:
 
 
 class SharedSmooth(Smooth):
-    """The same certificates, however many processes sample them. purpose names the noise."""
+    """The same certificates by any number of processes. purpose names the noise."""
 
     def __init__(self, network, classes: list[str], config: Config, purpose: str):
         settings = config.sigma, config.seed, config.eval_batch, purpose
@@ -1022,7 +1022,7 @@ def main(argv=None) -> int:
         return 0
     except KeyboardInterrupt:
         code, message = 130, f"interrupted; {remedy} the run"
-    except (ValueError, FloatingPointError) as error:  # a worker's starts with a traceback
+    except (ValueError, FloatingPointError) as error:  # after a traceback
         line = str(error).strip().splitlines()[-1]
         message = f"error: {line.removeprefix('ValueError: ')}"
     except OSError as error:  # no permission, no space: what was finished is on disk
