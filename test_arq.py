@@ -1509,7 +1509,7 @@ def small_evaluation():
     return functools.partial(arq.evaluate_policy, cache=cache, config=config, **shared), table
 
 
-def test_rewards_and_finals_are_what_the_calls_by_hand_certify():
+def test_rewards_and_finals_are_what_the_calls_by_hand_certify(monkeypatch):
     """Finalists: CERTIFY with all samples, on noise of their own, after twice the training."""
     evaluate, table = small_evaluation()
     policy, given = models.uniform_policy(table, 8), evaluate.keywords
@@ -1531,7 +1531,11 @@ def test_rewards_and_finals_are_what_the_calls_by_hand_certify():
     assert g.key not in cache.key
     labels, ids = zip(*[(row.label, row.idx) for row in cache.certificates])
     rows = g.certify(pixels, labels, ids, 100, 40, config.alpha)
+    batches, loss = [], arq.noise_augmentation
+    counted = lambda *a, **options: batches.append(1) or loss(*a, **options)  # noqa: E731
+    monkeypatch.setattr(arq, "noise_augmentation", counted)
     assert evaluate(policy, final=True) == certify.average_certified_radius(rows)
+    assert len(batches) == 4
 
 
 def test_a_policys_reward_does_not_depend_on_the_policies_before_it():
