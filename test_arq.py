@@ -1705,6 +1705,7 @@ def test_training_continues_bit_for_bit(bits):
     assert [state["batch"] for state in states] == [4, 8, 12]
     _, states = train(loss=stop_in_batch_7)
     assert [state["batch"] for state in states] == [4] and len(calls) == 7
+    assert not torch.equal(calls[0][2], calls[4][2])  # epochs draw noise of their own
     continued, _ = train(states[-1])
     assert all(map(torch.equal, whole, continued))
 
