@@ -1333,17 +1333,6 @@ def test_the_critic_sees_the_reward_less_the_baseline_in_standard_deviations():
     assert not torch.allclose(critic(5.0, 5.0, 5.0), critic(5.0, 5.0, 6.0), atol=1e-5)
 
 
-def test_last_layers_start_as_large_as_the_others():
-    """torch's own start, uniform within 1 / sqrt(300) and filling it; not HAQ's 0.003."""
-    bound = 1 / math.sqrt(300)
-    for seed in range(3):
-        agent = DDPG(10, seed)
-        for network in (agent.actor, agent.critic):
-            last = [module for module in network if isinstance(module, nn.Linear)][-1]
-            assert last.weight.shape == (1, 300) and last.bias.abs().max() <= bound
-            assert 0.95 * bound < last.weight.abs().max() <= bound
-
-
 def test_replay_holds_whole_episodes_without_dummy_rows():
     agent = agent_after([1.0, 2.0, 3.0], replay_episodes=2)
     state, _, reward, next_state, done = map(torch.cat, zip(*agent.replay))
@@ -1839,23 +1828,14 @@ def fails(arguments, capsys, *words, code=2) -> bool:
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        ("--sigma 0", ["--sigma", "0.004"]),
         ("--sigma 25", ["--sigma", "from 0.004 to 4", "[0, 1] pixels"]),
-        ("--sigma nan", ["--sigma"]),
         ("--budget 0.004", ["--budget", "0.00"]),
         ("--n 9", ["9 samples", "alpha", "take more"]),
-        ("--dataset cifar11", ["cifar11", "cifar10"]),
         ("--dataset folder --data /nowhere", ["/nowhere", "train/<class>"]),
-        ("--dataset imagenet --data /nowhere", ["/nowhere", "val/"]),
-        ("--checkpoint /nowhere.pt", ["/nowhere.pt", "no such file"]),
         (f"--checkpoint {__file__}", ["test_arq.py", "checkpoint"]),
-        ("--episodes many", ["--episodes", "many"]),
         ("--episode-batch 1", ["--episode-batch"]),
         ("--n-p 600", ["--n-p 600", "--search-n 400"]),
-        ("--distill 1.5", ["--distill", "1.5"]),
-        ("--alpha 0.5", ["--alpha", "0.5"]),
         ("--images 2000", ["--images 2000", "1000"]),
-        ("--finetune-epochs nan", ["--finetune-epochs"]),
         ("--policy 32", ["--policy 32", "2 to 8 bits"]),
         ("--policy /nowhere.json", ["--policy /nowhere.json", "no such file"]),
         ("--policy README.md", ["README.md", "no JSON file"]),
@@ -2269,7 +2249,7 @@ def test_benchmarks_set_no_attribute_of_a_module():
 def test_the_repository_is_light():
     scripts = list(HERE.glob("benchmarks/*.py"))
     lines = sum(len(path.read_text().splitlines()) for path in scripts)
-    assert len(scripts) <= 10 and lines <= 2260
+    assert len(scripts) <= 10 and lines <= 2250
     files = [path for path in HERE.glob("results/**/*") if path.is_file()]
     assert len(files) <= 40 and sum(path.stat().st_size for path in files) <= 2.5e6
     assert len((HERE / "README.md").read_bytes()) <= 12 * 1024
