@@ -252,6 +252,7 @@ def test_noise_is_gaussian_noise_rounded_to_the_grid(sigma):
     edges = (torch.arange(lowest, 1 - lowest).double() + 0.5) / (255 * sigma)
     for mass, tail in ((ends, norm.cdf(edges)), (2**62 - ends, norm.sf(edges))):
         assert torch.as_tensor(tail).allclose(mass.double() / 2**62, rtol=1e-9, atol=2e-17)
+    assert 1e-6 < 0.001 - certify.alpha_after_noise(0.001, 10**6, 3072, sigma) < 1e-5
     draws = [certify.draw_noise(KEY, 0, c, (3, 64, 64), "cpu", sigma, 255) for c in range(4)]
     m, last = torch.cat(draws).long().flatten(), round(4 * 255 * sigma)
     below = norm.cdf((torch.arange(-last, last).double() + 0.5) / (255 * sigma))
@@ -1831,7 +1832,6 @@ def fails(arguments, capsys, *words, code=2) -> bool:
         ("--sigma 25", ["--sigma", "from 0.004 to 4", "[0, 1] pixels"]),
         ("--budget 0.004", ["--budget", "0.00"]),
         ("--n 9", ["9 samples", "alpha", "take more"]),
-        ("--dataset folder --data /nowhere", ["/nowhere", "train/<class>"]),
         (f"--checkpoint {__file__}", ["test_arq.py", "checkpoint"]),
         ("--episode-batch 1", ["--episode-batch"]),
         ("--n-p 600", ["--n-p 600", "--search-n 400"]),
