@@ -164,6 +164,9 @@ def certify_incremental(
 
     Raises ValueError for impossible alphas, another sigma than f's, too many passes."""
     rows, n = cache.certificates, cache.predictions.shape[1]
+    if g.levels is not None:  # at most n samples vote for an image
+        numbers = n, images[0].numel(), g.sigma, g.levels
+        alpha_zeta = certify.alpha_after_noise(alpha_zeta, *numbers)
     sigma, alpha = rows[0].sigma, rows[0].alpha + alpha_zeta
     certify.require(g.sigma == sigma, f"the cache has sigma {sigma}, not {g.sigma}")
     certify.require(pilot.key != cache.key, "pilot and cache need noise of their own")
