@@ -253,7 +253,7 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(rise, fall)
             uniform = torch.rand(3, batch_size)[:, MINE]
-            x = augment(pixels.to(device), uniform).float() / 255
+            x = augment(pixels.to(device), uniform)
             noise = config.sigma * torch.randn(batch_size, *x.shape[1:], device=device)[MINE]
             with torch.autocast(device.type, torch.bfloat16, enabled=BFLOAT16[device.type]):
                 losses = loss(network, x, noise, labels[chosen].to(device))
@@ -316,8 +316,9 @@ def run(config: Config) -> None:
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
     take_along(config, folder)
     print(f"{config.arch} on {config.dataset}; run folder {folder.path}", flush=True)
-    if not (folder.path / "state.pt").exists():
-        print(estimate_hours(base, train_images, config), flush=True)
+    passes = config.images * config.n / 1e6
+    text = f"{config.epochs} epochs of the base, {config.episodes} episodes, fine-tuning of"
+    print(f"{text} {config.finetune_epochs:g}, and 2 x {passes:g} million samples", flush=True)
 
     # 1: the float base classifier f
     file = folder.make("train the base", "base.pt", train_base, base, train_images, config)
@@ -754,27 +755,24 @@ class ImageSet:
         labels, source, ids = [[column[i] for i in indices] for column in columns]
         return dataclasses.replace(self, labels=labels, source=source, ids=ids)
 
-    def read(self, indices) -> Tensor:
-        """uint8 images (len(indices), 3, size, size). Raises ValueError."""
+    def batch(self, indices, device="cpu") -> Tensor:
+        """Float images (len(indices), 3, size, size) in [0, 1]. Raises ValueError."""
         images = [self.source[i] for i in indices]
         images = [x if isinstance(x, Tensor) else read_image(x, self.size) for x in images]
-        return torch.stack(images)
-
-    def batch(self, indices, device="cpu") -> Tensor:
-        """Float images (len(indices), 3, size, size) in [0, 1]."""
-        return self.read(indices).to(device).float().div_(255)
+        return torch.stack(images).to(device).float().div_(255)
 
     def batches(self, batches: list) -> Iterator[Tensor]:
-        """uint8 images for each indices of many; processes decode large ones ahead."""
+        """Images for each indices of many; processes decode large ones ahead."""
         processors = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = max(1, min(16, processors)) if self.size > 64 else 0
         # Starting workers must not move the generator that training draws from.
         settings = {"num_workers": workers, "generator": torch.Generator()}
-        yield from DataLoader(batches, None, collate_fn=self.read, **settings)
+        yield from DataLoader(batches, None, collate_fn=self.batch, **settings)
 
     def fingerprint(self) -> str:
         """A short name for what the set holds, by labels and a few images."""
-        probes = self.read(evenly_spaced(min(16, len(self)), len(self)))
+        probes = self.batch(evenly_spaced(min(16, len(self)), len(self)))
+        probes = (255 * probes).round().to(torch.uint8)
         text = json.dumps([self.classes, self.labels, self.size])
         return digest(text.encode() + probes.numpy().tobytes())
 
@@ -921,42 +919,6 @@ def show_progress(label: str, done: int, total: int, first: int, began: float) -
         left = timedelta(seconds=round((total - done) / rate))
         line = f"{label} {done}/{total}, {rate:.3g}/s, {left} left" if done < total else ""
         print(f"\r  {line:<90}\r", end="", file=sys.stderr, flush=True)
-
-
-def estimate_hours(base: Classifier, images: ImageSet, config: Config) -> str:
-    """What the steps of a run take here, by a timed batch of each kind of work."""
-    x = images.batch([0] * config.eval_batch, config.device)
-    quantized, float_copy = copy.deepcopy(base), copy.deepcopy(base)
-    table = models.quantize_model(quantized, config.image_size)
-    models.calibrate(quantized, [x], values=100)
-    models.set_policy(quantized, models.uniform_policy(table, 4))
-    network = integer_network(quantized, config)
-
-    def seconds(work: Callable) -> float:
-        for _ in range(2):  # the first call starts what only it starts
-            began = time.monotonic()
-            with contextlib.suppress(FloatingPointError):
-                work()
-        return time.monotonic() - began
-
-    float_batch = seconds(lambda: train(float_copy, images, config, 1, BASE_LR))
-    batch = seconds(lambda: fine_tune(quantized, base, images, config, 1, ""))
-    with torch.inference_mode():
-        float_pass = seconds(lambda: base(x)) / len(x) / WORLD
-        integer_pass = seconds(lambda: network(x)) / len(x) / WORLD
-    epoch = len(images) // config.batch_size
-    episode = config.episode_batches * batch + config.search_images * config.n_p * integer_pass
-    samples = config.search_images * config.search_n  # of the base, and of each finalist
-    finalist = 2 * config.episode_batches * batch + samples * integer_pass
-    search = config.episodes * episode + config.finalists * finalist + samples * float_pass
-    steps = {
-        "base": 0 if config.checkpoint else config.epochs * epoch * float_batch,
-        "search": 0 if config.policy else search,
-        "fine-tuning": config.finetune_epochs * epoch * batch,
-        "certificates": config.images * config.n * (float_pass + integer_pass),
-    }
-    shares = ", ".join(f"{name} {value / 3600:.2f}" for name, value in steps.items())
-    return f"about {sum(steps.values()) / 3600:.2f} hours here: {shares}"
 
 
 def summarize(rows, network, table, policy: Policy, config: Config, file: Path) -> dict:

@@ -55,12 +55,6 @@ CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean, standard d
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def shortcut(c_in: int, c_out: int) -> nn.Module:
-    """A 1x1 convolution of stride 2."""
-    conv = nn.Conv2d(c_in, c_out, 1, 2, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(c_out))
-
-
 class CifarResNet(nn.Module):
     """ResNet of depth 6n + 2: n blocks each of 16, 32 and 64 channels."""
 
@@ -69,11 +63,14 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU()
-        self.layer1 = nn.Sequential(BasicBlock(16, 16))
-        self.layer2 = nn.Sequential(BasicBlock(16, 32, 2, shortcut(16, 32)))
-        self.layer3 = nn.Sequential(BasicBlock(32, 64, 2, shortcut(32, 64)))
-        for channels, layer in ((16, self.layer1), (32, self.layer2), (64, self.layer3)):
-            layer.extend([BasicBlock(channels, channels) for _ in range((depth - 2) // 6 - 1)])
+        for index, (c_in, c_out) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
+            shortcut = None
+            if index > 1:
+                conv = nn.Conv2d(c_in, c_out, 1, 2, bias=False)
+                shortcut = nn.Sequential(conv, nn.BatchNorm2d(c_out))
+            first = BasicBlock(c_in, c_out, min(index, 2), shortcut)
+            others = [BasicBlock(c_out, c_out) for _ in range((depth - 2) // 6 - 1)]
+            setattr(self, f"layer{index}", nn.Sequential(first, *others))
         self.fc = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -1597,9 +1597,9 @@ def test_a_policy_that_came_up_twice_is_one_finalist(tmp_path):
 
 def test_shapes_are_the_same_everywhere_and_balanced():
     images = arq.draw_shapes(50, seed=3, size=32)
-    pixels = images.read(range(50))
-    assert torch.equal(pixels, arq.draw_shapes(50, seed=3, size=32).read(range(50)))
-    assert pixels.shape == (50, 3, 32, 32) and pixels.dtype == torch.uint8
+    pixels = images.batch(range(50))
+    assert torch.equal(pixels, arq.draw_shapes(50, seed=3, size=32).batch(range(50)))
+    assert pixels.shape == (50, 3, 32, 32) and 0 <= pixels.min() < pixels.max() <= 1
     assert images.labels == [label for label in range(10) for _ in range(5)]
 
 
@@ -1608,8 +1608,8 @@ def test_held_out_images_are_evenly_spaced_and_in_no_training_set():
     others, held_out = arq.hold_out(images, 10)
     assert held_out.ids == list(range(0, 50, 5)) and held_out.labels == list(range(10))
     assert sorted(others.ids + held_out.ids) == list(range(50))
-    assert torch.equal(held_out.read(range(10)), images.read(held_out.ids))
-    assert torch.equal(others.read(range(40)), images.read(others.ids))
+    assert torch.equal(held_out.batch(range(10)), images.batch(held_out.ids))
+    assert torch.equal(others.batch(range(40)), images.batch(others.ids))
     assert held_out.subset([2, 1]).ids == [10, 5]  # the place in the whole set names the noise
 
 
@@ -1648,7 +1648,7 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path, mode, dtype):
     file = tmp_path / "wide.tiff"
     to_pil_image(values, mode=None if mode == "I;16" else mode).save(file)
     with pytest.raises(ValueError, match=f"{file.name}.*mode {mode[0]}.*8 bits"):
-        arq.ImageSet([0], ["wide"], 16, [str(file)]).read([0])
+        arq.ImageSet([0], ["wide"], 16, [str(file)]).batch([0])
 
 
 def test_folders_in_any_size_stream(tmp_path):
@@ -1665,7 +1665,7 @@ def test_folders_in_any_size_stream(tmp_path):
     batches = list(train.batches([torch.tensor(chosen) for chosen in indices]))
     assert torch.equal(torch.get_rng_state(), before)  # training does not depend on workers
     assert [tuple(images.shape) for images in batches] == [(k, 3, 72, 72) for k in (2, 1, 3)]
-    assert torch.equal(torch.cat(batches), train.read([3, 0, 20, 5, 6, 7]))
+    assert torch.equal(torch.cat(batches), train.batch([3, 0, 20, 5, 6, 7]))
 
 
 # ---- arq.py: training ----
