@@ -141,6 +141,7 @@ def search(cache, environment, agent, evaluate, reward=relative_gain) -> Iterato
     evaluate(policy, cache): ACR(g^P), as `evaluate_policy`; reward(ACR(g^P), ACR(g))"""
     # 1: ACR(g) of the float network, from FullRobustCertify(f)
     base_acr = certify.average_certified_radius(cache.certificates)
+    require(base_acr > 0, "the base certifies no search image; train it longer")
     # 2: for each episode
     while agent.episode < agent.config.episodes:
         episode, noise = agent.episode, agent.noise
@@ -303,8 +304,7 @@ def integer_network(classifier: Classifier, config: Config) -> nn.Module:
 def run(config: Config) -> None:
     """The method in five steps. A step whose file is there is done; others continue."""
     images, test_images = load_images(config, True), load_images(config, False)
-    same = images.classes == test_images.classes
-    require(same, f"--data {config.data}: the classes for training and for test differ")
+    require(images.classes == test_images.classes, f"--data {config.data}: two sets of classes")
     contents = {"training set": images.fingerprint(), "test set": test_images.fingerprint()}
     train_images, search_images = hold_out(images, config.search_images)
     test_images = test_images.subset(evenly_spaced(config.images, len(test_images)))
@@ -315,10 +315,10 @@ def run(config: Config) -> None:
         contents["policy"] = read_policy(config.policy, table, config.budget)
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
     take_along(config, folder)
-    print(f"{config.arch} on {config.dataset}; run folder {folder.path}", flush=True)
-    passes = config.images * config.n / 1e6
-    text = f"{config.epochs} epochs of the base, {config.episodes} episodes, fine-tuning of"
-    print(f"{text} {config.finetune_epochs:g}, and 2 x {passes:g} million samples", flush=True)
+    text = (
+        f"{config.epochs} epochs, {config.episodes} episodes, 2 x {config.images} certificates"
+    )
+    print(f"{config.arch} on {config.dataset}: {text}; run folder {folder.path}", flush=True)
 
     # 1: the float base classifier f
     file = folder.make("train the base", "base.pt", train_base, base, train_images, config)
@@ -342,8 +342,8 @@ def run(config: Config) -> None:
     work = finetune_best, start, base, table, train_images, config
     file = folder.make("fine-tune", "model.arq", *work)
     classifier, _, description = models.load_model(file)
-    same = description["policy"] == policy
-    require(same, f"{file} has not the bits of policy.json; give that as --policy, and --out")
+    changed = f"{file} has other bits than policy.json; give that as --policy, and --out"
+    require(description["policy"] == policy, changed)
     # 5: what was packed, certified from scratch; the test images are first seen here
     network = integer_network(classifier, config)
     base_rows = certified(folder, "base certificate", base, test_images, config)
@@ -362,8 +362,7 @@ def evaluate_saved(config: Config) -> None:
     """--evaluate: certify a packed network, again or on other images."""
     file, images = Path(config.evaluate), load_images(config, False)
     classifier, table, description = models.load_model(file)
-    same = description["classes"] == images.classes
-    require(same, f"--evaluate {file} has other classes; give its --data")
+    require(description["classes"] == images.classes, f"{file}: other classes; give its --data")
     contents = {"test set": images.fingerprint(), "network": digest(file.read_bytes())}
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
     images = images.subset(evenly_spaced(config.images, len(images)))
@@ -473,10 +472,7 @@ def certify_images(network, images: ImageSet, config: Config, purpose: str, stat
 
 def read_cache(file: Path) -> ReplayCache:
     rows, predictions, key = read_state(file)
-    rows = [Certificate(*row) for row in rows]
-    useful = any(row.radius > 0 for row in rows)
-    require(useful, "the base certifies no search image; train it longer")
-    return ReplayCache(rows, predictions, key)
+    return ReplayCache([Certificate(*row) for row in rows], predictions, key)
 
 
 # ---- the run folder ----
@@ -498,8 +494,7 @@ class RunFolder:
         before = read_json(file) if file.exists() else options
         for name in options.keys() - FREE:
             both = f"{flag(name)} {before.get(name)} there, {options[name]} here"
-            same = before.get(name) == options[name]
-            require(same, f"{path} holds another run, {both}; give another --out")
+            require(before.get(name) == options[name], f"{path}: {both}; give another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = (self.path / "run.lock").open("a")
         if RANK == 0 and os.name == "posix":
@@ -701,8 +696,7 @@ def complete_config(given: dict) -> Config:
         require(packed, f"--evaluate {given['evaluate']}: no packed network (model.arq)")
         saved = {name: packed[0][name] for name in SAVED_OPTIONS}
         for name in given.keys() & {"arch", "image_size"}:
-            agrees = given[name] == saved[name]
-            require(agrees, f"{flag(name)} is {saved[name]} in that file; omit it")
+            require(given[name] == saved[name], f"{flag(name)} is {saved[name]}; omit it")
     dataset = given.get("dataset", saved.get("dataset", "shapes"))
     preset = PRESETS.get(dataset, PRESETS["folder"])  # a packed network may name its own
     config = Config(**{**preset, **saved, **given})
@@ -710,8 +704,7 @@ def complete_config(given: dict) -> Config:
     best = getattr(accelerator, "type", "cpu")
     if config.device == "auto":
         config.device = best if best in BFLOAT16 else "cpu"
-    there = config.device in (best, "cpu")
-    require(there, f"--device {config.device} is not there; use auto")
+    require(config.device in (best, "cpu"), f"--device {config.device} is not there; use auto")
     if config.eval_batch is None:  # small batches stay in a CPU's cache
         samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32**2 // max(config.image_size, 32) ** 2)
@@ -724,10 +717,8 @@ def complete_config(given: dict) -> Config:
     spent = [(config.n, config.alpha), (config.search_n, config.alpha), (n_p, config.alpha)]
     for samples, alpha in [*spent, (n_p, config.alpha_zeta)]:
         certify.alpha_after_noise(alpha, samples, pixels, config.sigma)
-    enough = config.batch_size >= 2 * WORLD
-    require(enough, f"--batch-size {config.batch_size} is too small for {WORLD} processes")
-    fits = config.n_p <= config.search_n
-    require(fits, f"--n-p {config.n_p} exceeds --search-n {config.search_n}")
+    require(config.batch_size >= 2 * WORLD, f"--batch-size is too small for {WORLD} processes")
+    require(n_p <= config.search_n, f"--n-p {n_p} exceeds --search-n {config.search_n}")
     name = f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-budget{config.budget:g}"
     for file in filter(None, (config.policy, config.evaluate)):
         name += "-" + "-".join(Path(file).parts[-2:])
@@ -805,8 +796,7 @@ def load_images(config: Config, train: bool) -> ImageSet:
     require(len(images.classes) > 1, f"--data {root}: at least two classes are needed")
     needed = config.search_images + config.batch_size if train else config.images
     asked = "--search-images and a --batch-size need" if train else "--images"
-    enough = needed <= len(images)
-    require(enough, f"{asked} {needed}: there are only {len(images)} images in this set")
+    require(needed <= len(images), f"{asked} {needed}: there are only {len(images)} images")
     return images
 
 
@@ -827,8 +817,7 @@ def read_image(path: str, size: int) -> Tensor:
     """RGB uint8 (3, size, size): shorter side resized, centre cropped, no EXIF turn."""
     try:
         with Image.open(path) as file:
-            eight_bits = file.mode[0] not in "IF"
-            require(eight_bits, f"mode {file.mode} has no fixed range: save 8 bits")
+            require(file.mode[0] not in "IF", f"mode {file.mode} has no range: save 8 bits")
             image = TF.pil_to_tensor(file.convert("RGB"))
     except Exception as error:  # decoders raise many kinds for broken files
         message = f"{path}: no readable image ({str(error)[:80]}); repair or remove it"
@@ -925,7 +914,6 @@ def summarize(rows, network, table, policy: Policy, config: Config, file: Path) 
     """What results.json says of a network and its file; radii are one-sided."""
     accuracy, acr = certify.certified_accuracy, certify.average_certified_radius
     two_sided = certify.two_sided(rows)
-    settings = ("sigma", "n0", "n", "alpha", "device")
     return {
         "accuracy": accuracy(rows, 0),
         "certified_accuracy": {r: accuracy(rows, r) for r in (0.25, 0.5, 0.75)},
@@ -939,7 +927,7 @@ def summarize(rows, network, table, policy: Policy, config: Config, file: Path) 
         "backend": getattr(network, "backend", "float"),
         "network": digest(file.read_bytes()),
         "images": len(rows),
-        **{name: getattr(config, name) for name in settings},
+        **{name: getattr(config, name) for name in "sigma n0 n alpha device".split()},
     }
 
 

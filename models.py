@@ -147,10 +147,9 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
 # ---- quantizer ----
 def integer_range(bits: int, signed: bool, symmetric: bool = False) -> tuple[int, int]:
     """[q_min, q_max]: 0..2^b - 1, or -2^(b-1)..2^(b-1) - 1, symmetric without the lowest."""
-    if not signed:
-        return 0, 2**bits - 1
-    q_max = 2 ** (bits - 1) - 1
-    return (-q_max if symmetric else -q_max - 1), q_max
+    q_max = 2 ** (bits - signed) - 1
+    q_min = -q_max - 1 + symmetric if signed else 0
+    return q_min, q_max
 
 
 def quantize(v: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
@@ -464,17 +463,13 @@ def replace_layers(classifier: nn.Module, layers: list[tuple], quantizer) -> Non
         body.set_submodule(row.name, quantized.train(layer.training).to(layer.weight.device))
 
 
-def quant_layers(classifier: nn.Module) -> dict[str, QuantLayer | IntegerLayer]:
-    """The quantizable layers, or what they were frozen to, by name."""
+def quant_layers(classifier: nn.Module, of_type=nn.Module) -> dict[str, nn.Module]:
+    """The QuantLayers, or what they were frozen to, by name. ValueError: not as asked for."""
     modules = body_of(classifier).named_modules()
-    return {name: m for name, m in modules if isinstance(m, (QuantLayer, IntegerLayer))}
-
-
-def live_layers(classifier: nn.Module) -> dict[str, QuantLayer]:
-    """The layers whose bits can change. ValueError if there are none."""
-    layers = quant_layers(classifier)
-    live = {isinstance(layer, QuantLayer) for layer in layers.values()}
-    require(live == {True}, "no layers of quantize_model, or frozen to integers")
+    layers = {name: m for name, m in modules if isinstance(m, (QuantLayer, IntegerLayer))}
+    as_asked = {isinstance(layer, of_type) for layer in layers.values()}
+    known = of_type is nn.Module or as_asked == {True}
+    require(known, "no layers of quantize_model, or frozen to integers")
     return layers
 
 
@@ -494,7 +489,7 @@ def set_policy(classifier: nn.Module, policy: Policy) -> None:
 
     Learned steps are loaded last: calibrate, set_policy, load_state_dict. ValueError: as
     `check_policy`, before `calibrate`, or for a frozen network."""
-    layers = live_layers(classifier)
+    layers = quant_layers(classifier, QuantLayer)
     check_policy(layers, policy)
     for name, bits in policy.items():
         layers[name].set_bits(*bits)
@@ -507,7 +502,7 @@ def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65
     batches: noisy images (B, 3, H, W), split anyhow. Steps have the least squared error on
     weights and on about `values` inputs per layer, drawn at random, seeded; inputs never
     below 0 are unsigned. Leaves 32 bits. ValueError for inputs that are not finite."""
-    layers, images = live_layers(classifier).values(), sum(map(len, batches))
+    layers, images = quant_layers(classifier, QuantLayer).values(), sum(map(len, batches))
     seen = {layer: [] for layer in layers}
     generator = torch.Generator().manual_seed(0)
 
