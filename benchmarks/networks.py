@@ -1,17 +1,14 @@
 """Which networks can be quantized, and do their integers compute what training simulates?
 
-    python benchmarks/networks.py         # random weights; five minutes, two cores
-    python benchmarks/networks.py --model MODEL.arq --data data  # a trained one
+    python benchmarks/networks.py  # five minutes, two cores
 
 Networks of torchvision and two pre-activation ones get 4 bits (first and last layer 8) and run
 16 random images as simulation and in integers. Differences are those of the logits, over their
 spread over images: above 1e-3 a value met a rounding boundary, which random weights multiply
-from layer to layer. --model counts images that differ so, or in class, between int8 and
-float32. Prints a table; both write their part of results/networks.json.
+from layer to layer. Prints a table and writes results/networks.json.
 """
 
 import argparse
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -32,7 +29,6 @@ TORCHVISION = (
     "wide_resnet50_2 alexnet googlenet inception_v3 convnext_tiny vit_b_16 swin_t maxvit_t "
     "resnet18 mobilenet_v2"
 ).split()
-BOUNDARY = 1e-3  # less is arithmetic, more a value at a rounding boundary
 IMAGE_SIZES = {"inception_v3": 96, "maxvit_t": 224, "vit_b_16": 224}  # the least; others: 64
 
 
@@ -103,46 +99,20 @@ def compare_arithmetic(name: str) -> dict:
     return row
 
 
-@torch.no_grad()
-def compare_backends(file: Path, data: str, count: int = 2500) -> dict:
-    """How many noisy test images a packed network sees differently on int8 and on float32."""
-    network, _, description = models.load_model(file)
-    words = ["--dataset", description["dataset"], "--data", data, "--images", str(count)]
-    images = arq.load_images(arq.parse_config(words), train=False)
-    x = images.batch(arq.evenly_spaced(count, len(images)))
-    generator = torch.Generator().manual_seed(0)
-    x += description["sigma"] * torch.randn(x.shape, generator=generator)
-    integers = models.integer_network(network)
-    plain, fast = network(x), integers(x)
-    boundary = int((compare(plain, fast) > BOUNDARY).sum())
-    classes = int((plain.argmax(1) != fast.argmax(1)).sum())
-    counts = {"images": count, "met a boundary": boundary, "class differs": classes}
-    return {"network": file.parent.name, **counts}
-
-
 def compare(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Largest difference of each image's logits (B, classes), over their spread over images."""
     return (logits - others).abs().amax(1) / logits.std(0).mean().clamp(min=1e-9)
 
 
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", type=Path, help="a packed network")
-    parser.add_argument("--data", default="data", help="its images")
-    options = parser.parse_args(argv)
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args(argv)
     warnings.filterwarnings("ignore")
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    if options.model:
-        results["trained"] = compare_backends(options.model, options.data)
-        print(results["trained"])
-    else:
-        results["random weights"] = []
-        print("network, image size, layers, MACs, backend, largest and median difference")
-        for name in [*TORCHVISION, *PRE_ACTIVATION]:
-            row = compare_arithmetic(name)
-            results["random weights"].append(row)
-            print(*row.values(), flush=True)
-    arq.write_whole(RESULTS, results)
+    rows = []
+    print("network, image size, layers, MACs, backend, largest and median difference")
+    for name in [*TORCHVISION, *PRE_ACTIVATION]:
+        rows.append(compare_arithmetic(name))
+        print(*rows[-1].values(), flush=True)
+    arq.write_whole(RESULTS, {"random weights": rows})
 
 
 if __name__ == "__main__":

@@ -1,14 +1,12 @@
-"""What do interruptions, a second process and a larger data set cost a run?
+"""What do interruptions and a second process cost a run?
 
-    python benchmarks/operations.py kills               # five minutes on a core
-    python benchmarks/operations.py processes           # five minutes on two idle cores
-    python benchmarks/operations.py memory --data data  # ten minutes; tree of CIFAR-10
+    python benchmarks/operations.py kills      # five minutes on a core
+    python benchmarks/operations.py processes  # five minutes on two idle cores
 
 kills: a small run through every stage, ended by SIGKILL at 20 seeded random moments and
 continued by the same command, leaves what an uninterrupted one leaves. processes: images
-certified per second by two processes over one, and whether certificates are equal. memory:
-peak resident memory with 5,000 and with 50,000 image files. Each writes its part of
-results/operations.json.
+certified per second by two processes over one, and whether certificates are equal. Each
+writes its part of results/operations.json.
 """
 
 import argparse
@@ -35,8 +33,6 @@ SMALL_RUN = (
     "--image-size 16 --epochs 4 --episodes 12 --episode-batches 4 --finetune-epochs 2.5 "
     "--images 40 --n 400 --search-images 40 --search-n 400 --n-p 100 --device cpu"
 )
-FOLDER_RUN = SMALL_RUN + " --dataset folder --arch resnet8 --epochs 1 --episodes 2"
-FOLDER_RUN += " --image-size 65 --finetune-epochs 0.1"  # above 64 pixels files are streamed
 
 
 # ---- killed again and again ----
@@ -100,7 +96,7 @@ def kills(count: int, words: str) -> dict:
     return {"kills": log, "runs": runs, "files": [*expected], "differing": sorted(differing)}
 
 
-# ---- several processes, many images ----
+# ---- several processes ----
 def processes(rounds: int) -> dict:
     """Two single-threaded processes against one, in turn, `rounds` times."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -122,36 +118,11 @@ def processes(rounds: int) -> dict:
     return {"ratios": ratios, "median": statistics.median(ratios), "equal_certificates": equal}
 
 
-def memory(data: str) -> dict:
-    """Peak resident memory of a tiny run through every stage, by its number of image files."""
-    peaks = {}
-    for count in (5_000, 50_000):
-        with tempfile.TemporaryDirectory() as place:
-            for folder in sorted(Path(data).glob("t*/*")):  # train/<class>, test/<class>
-                target = Path(place, "data", folder.parent.name, folder.name)
-                target.mkdir(parents=True)
-                for file in sorted(folder.iterdir())[: count // 10]:
-                    (target / file.name).symlink_to(file.resolve())
-            words = f"{FOLDER_RUN} --data {place}/data --out {place}/run"
-            process = subprocess.Popen([*ARQ, *words.split()], stdout=subprocess.DEVNULL)
-            _, status, usage = os.wait4(process.pid, 0)
-            assert status == 0, f"a run on {count} images failed"
-        peaks[str(count)] = usage.ru_maxrss / 1024
-    grown = peaks["50000"] - peaks["5000"]
-    return {"peak_mib": peaks, "bytes_per_image": grown * 2**20 / 45_000}
-
-
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("kills", "processes", "memory"))
-    parser.add_argument("--data", default="data")
+    parser.add_argument("part", choices=("kills", "processes"))
     options = parser.parse_args(argv)
-    if options.part == "kills":
-        measured = kills(20, SMALL_RUN)
-    elif options.part == "processes":
-        measured = processes(5)
-    else:
-        measured = memory(options.data)
+    measured = kills(20, SMALL_RUN) if options.part == "kills" else processes(5)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     arq.write_whole(RESULTS, {**results, options.part: measured})
     print(json.dumps(measured, indent=1))
