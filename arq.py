@@ -368,8 +368,7 @@ def evaluate_saved(config: Config) -> None:
     images = images.subset(evenly_spaced(config.images, len(images)))
     network = integer_network(classifier, config)
     rows = certified(folder, "certificate", network, images, config)
-    policy = description["policy"]
-    report(summarize(rows, network, table, policy, config, file), folder)
+    report(summarize(rows, network, table, description["policy"], config, file), folder)
 
 
 def build_base(config: Config, num_classes: int) -> Classifier:
@@ -435,9 +434,8 @@ def finetune_best(classifier, base, table, images, config, state, save) -> bytes
 
 def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config) -> list:
     """A network's certificates of the test images; purpose names noise and table."""
-    product = f"{purpose.replace(' ', '_')}s.tsv"
     work = certify_images, network, images, config, purpose
-    file = folder.make(f"{purpose}s, test images", product, *work)
+    file = folder.make(f"{purpose}s", f"{purpose.replace(' ', '_')}s.tsv", *work)
     rows = certify.read_certificates(file)
     whole = [row.idx for row in rows] == images.ids
     require(whole, f"{file} has not one row per image; remove it, and it is made again")
@@ -601,7 +599,12 @@ def digest(data: bytes) -> str:
 
 
 # ---- options ----
-DATASETS = "shapes", "cifar10", "folder", "imagenet"
+LONG = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 12.0, "episodes": 600}
+LONG |= {"episode_batches": 48, "search_images": 200, "search_n": 1000, "n_p": 250}
+LONG |= {"images": 500, "n": 10_000, "finalists": 5}
+LARGE = {"arch": "resnet50", "finetune_epochs": 10.0, "gamma": 0.995, "image_size": 224}
+# What the data sets have in place of the defaults.
+PRESETS = {"shapes": {}, "cifar10": LONG, "folder": LONG, "imagenet": LONG | LARGE}
 MOST = 2**31 - 1
 
 
@@ -615,7 +618,7 @@ class Config:
     """Every option, with the default for `shapes`; the command line is made from it."""
 
     # data
-    dataset: str = option("shapes", "images; shapes are drawn here", choices=DATASETS)
+    dataset: str = option("shapes", "images; shapes are drawn here", choices=tuple(PRESETS))
     data: str = option("data", "folder of the images; CIFAR-10 is downloaded to it")
     image_size: int = option(32, "side of the images, in pixels", 8, 4096)
     search_images: int = option(80, "training images held out for the search", 1, MOST)
@@ -652,12 +655,6 @@ class Config:
 
 GROUPS = {"dataset": "data", "arch": "method", "checkpoint": "training"}  # by first option
 GROUPS |= {"n0": "certificates", "seed": "run"}
-LONG = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 12.0, "episodes": 600}
-LONG |= {"episode_batches": 48, "search_images": 200, "search_n": 1000, "n_p": 250}
-LONG |= {"images": 500, "n": 10_000, "finalists": 5}
-LARGE = {"arch": "resnet50", "finetune_epochs": 10.0, "gamma": 0.995, "image_size": 224}
-# What the data sets have in place of the defaults.
-PRESETS = {"shapes": {}, "cifar10": LONG, "folder": LONG, "imagenet": LONG | LARGE}
 
 
 def flag(name: str) -> str:
