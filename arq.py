@@ -17,7 +17,7 @@ Algorithm 1 of the paper (Yang et al., arXiv 2410.24214), and who does each line
     f* <- f, quantized by P*, fine-tuned                   finetune_best
     FullRobustCertify(f*) on the test images               certify.Smooth.certify
 
-The README puts the paper's symbols beside the code, and numbers where the two differ.
+The README puts the paper's symbols beside the code, and numbers departures.
 """
 
 from __future__ import annotations
@@ -67,8 +67,7 @@ class BitWidthEnvironment:
 
     def __init__(self, table: list[Layer], budget: float):
         require(len(table) > 2, "no layer stands between the first and the last")
-        least = models.uniform_policy(table, models.MIN_BITS)
-        models.enforce_budget(table, least, budget)
+        models.enforce_budget(table, models.uniform_policy(table, models.MIN_BITS), budget)
         self.table, self.budget = table, budget
         self.decisions, features = [], []
         for index, layer in enumerate(table[1:-1]):
@@ -104,12 +103,12 @@ class BitWidthEnvironment:
 
 
 def evaluate_policy(policy, cache, start, base, images, search_pixels, config, final=False):
-    """ACR(g^P) of a policy P on the search images (B, C, H, W), by incremental certificates.
+    """ACR(g^P) of a policy P on the search images (B, C, H, W), by IRS.
 
     cache: f's certificates and predictions on these; start: a copy of f from `prepare`;
     base: f; images: those to fine-tune on, by the recipe of the best policy
-    A certificate holds with probability 1 - (alpha + alpha_zeta), but all episodes replay
-    one noise: they serve the search, and its best policy is certified from scratch.
+    A certificate holds with 1 - (alpha + alpha_zeta), but all episodes replay one noise:
+    they serve the search, and its best policy is certified from scratch.
     final: finalists have twice the training and CERTIFY, on fresh noise."""
     quantized = copy.deepcopy(start)
     models.set_policy(quantized, policy)
@@ -141,7 +140,7 @@ def search(cache, environment, agent, evaluate, reward=relative_gain) -> Iterato
     evaluate(policy, cache): ACR(g^P), as `evaluate_policy`; reward(ACR(g^P), ACR(g))"""
     # 1: ACR(g) of the float network, from FullRobustCertify(f)
     base_acr = certify.average_certified_radius(cache.certificates)
-    require(base_acr > 0, "the base certifies no search image; train it longer")
+    require(base_acr > 0, "the base certifies no search image")
     # 2: for each episode
     while agent.episode < agent.config.episodes:
         episode, noise = agent.episode, agent.noise
@@ -152,8 +151,7 @@ def search(cache, environment, agent, evaluate, reward=relative_gain) -> Iterato
         # 5: the agent learns from the reward
         gain = reward(acr, base_acr)
         agent.learn(states, actions, gain)
-        record = {"episode": episode, "acr": acr, "reward": gain, "noise": noise}
-        yield record | {"policy": policy}
+        yield {"episode": episode, "acr": acr, "reward": gain, "noise": noise, "policy": policy}
 
 
 def reevaluate_finalists(records, count: int, evaluate, cache) -> Iterator[dict]:
@@ -177,8 +175,7 @@ def best_policy(records: list[dict]) -> Policy:
 
 
 # ---- training ----
-BASE_LR, BASE_DECAY = 0.2, 5e-4
-FINETUNE_LR = 0.02
+BASE_LR, BASE_DECAY, FINETUNE_LR = 0.2, 5e-4, 0.02
 BFLOAT16 = {"cuda": True, "mps": False, "cpu": torch.cpu._is_avx512_bf16_supported()}
 
 
@@ -258,7 +255,7 @@ def train(
             noise = config.sigma * torch.randn(batch_size, *x.shape[1:], device=device)[MINE]
             with torch.autocast(device.type, torch.bfloat16, enabled=BFLOAT16[device.type]):
                 losses = loss(network, x, noise, labels[chosen].to(device))
-            require(losses.shape == chosen.shape, "a loss returns one value per image, (B,)")
+            require(losses.shape == chosen.shape, "a loss has one value per image")
             optimizer.zero_grad()
             (WORLD * losses.sum() / batch_size).backward()  # processes average gradients
             optimizer.step()
@@ -302,7 +299,7 @@ def integer_network(classifier: Classifier, config: Config) -> nn.Module:
 
 # ---- the run ----
 def run(config: Config) -> None:
-    """The method in five steps. A step whose file is there is done; others continue."""
+    """The method in five steps. A step whose file is there is done."""
     images, test_images = load_images(config, True), load_images(config, False)
     require(images.classes == test_images.classes, f"--data {config.data}: two sets of classes")
     contents = {"training set": images.fingerprint(), "test set": test_images.fingerprint()}
@@ -315,10 +312,7 @@ def run(config: Config) -> None:
         contents["policy"] = read_policy(config.policy, table, config.budget)
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
     take_along(config, folder)
-    text = (
-        f"{config.epochs} epochs, {config.episodes} episodes, 2 x {config.images} certificates"
-    )
-    print(f"{config.arch} on {config.dataset}: {text}; run folder {folder.path}", flush=True)
+    print(f"{config.arch}, {config.episodes} episodes; run folder {folder.path}", flush=True)
 
     # 1: the float base classifier f
     file = folder.make("train the base", "base.pt", train_base, base, train_images, config)
@@ -359,7 +353,7 @@ def run(config: Config) -> None:
 
 
 def evaluate_saved(config: Config) -> None:
-    """--evaluate: certify a packed network, again or on other images."""
+    """--evaluate: certify a packed network again."""
     file, images = Path(config.evaluate), load_images(config, False)
     classifier, table, description = models.load_model(file)
     require(description["classes"] == images.classes, f"{file}: other classes; give its --data")
@@ -372,7 +366,7 @@ def evaluate_saved(config: Config) -> None:
 
 
 def build_base(config: Config, num_classes: int) -> Classifier:
-    """A float network, of --checkpoint or to be trained, channels last."""
+    """A float network, of --checkpoint or to be trained."""
     torch.manual_seed(config.seed)
     if config.checkpoint:
         base = models.load_base_checkpoint(config.checkpoint, config.arch, num_classes)
@@ -425,7 +419,7 @@ def run_search(environment, evaluate, cache, config, path, state, save, agent_cl
 
 
 def finetune_best(classifier, base, table, images, config, state, save) -> bytes:
-    """The packed network, after the last fine-tuning under its policy."""
+    """The packed network, fine-tuned under its policy."""
     num_batches = int(config.finetune_epochs * (len(images) // config.batch_size))
     fine_tune(classifier, base, images, config, num_batches, "fine-tune", state, save)
     description = {name: getattr(config, name) for name in SAVED_OPTIONS}
@@ -433,12 +427,12 @@ def finetune_best(classifier, base, table, images, config, state, save) -> bytes
 
 
 def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config) -> list:
-    """A network's certificates of the test images; purpose names noise and table."""
+    """Certificates of the test images; purpose names noise and table."""
     work = certify_images, network, images, config, purpose
     file = folder.make(f"{purpose}s", f"{purpose.replace(' ', '_')}s.tsv", *work)
     rows = certify.read_certificates(file)
     whole = [row.idx for row in rows] == images.ids
-    require(whole, f"{file} has not one row per image; remove it, and it is made again")
+    require(whole, f"{file} has not one row per image; remove it")
     return rows
 
 
@@ -488,7 +482,7 @@ class RunFolder:
         file = self.path / "config.json"
         names = os.listdir(path) if self.path.exists() else []
         ours = file.exists() or all(name.endswith((".lock", ".part")) for name in names)
-        require(ours, f"--out {path} is not empty and holds no run; give another --out")
+        require(ours, f"--out {path} holds no run; give another --out")
         before = read_json(file) if file.exists() else options
         for name in options.keys() - FREE:
             both = f"{flag(name)} {before.get(name)} there, {options[name]} here"
@@ -517,13 +511,10 @@ class RunFolder:
             return file
         state = saved["state"] if saved.get("product") == product else None
         print(f"{name} ..." if state is None else f"{name}, continued ...", flush=True)
-        began = time.monotonic()
+        began = time.monotonic() - self.seconds.get(name, 0.0)
 
         def save(state) -> None:
-            nonlocal began
-            now = time.monotonic()
-            self.seconds[name] = self.seconds.get(name, 0.0) + now - began
-            began = now
+            self.seconds[name] = time.monotonic() - began
             record = {"product": product, "state": state, "seconds": self.seconds}
             write_whole(state_file, record)
 
@@ -534,7 +525,7 @@ class RunFolder:
 
 
 def take_along(config: Config, folder: RunFolder) -> None:
-    """With --checkpoint runs/X/base.pt: that base's certificates, if options agree."""
+    """With --checkpoint runs/X/base.pt: its certificates, if options agree."""
     checkpoint = Path(config.checkpoint or "none")
     source = checkpoint.with_name("config.json")
     if checkpoint.name != "base.pt" or not source.exists():
@@ -586,7 +577,7 @@ def read_policy(source, table: list[Layer], budget: float) -> Policy:
     policy = models.uniform_policy(table, int(source)) if uniform else read_json(Path(source))
     models.check_policy([layer.name for layer in table], policy)
     narrow = max(map(max, policy.values())) <= models.MAX_BITS
-    require(narrow, f"--policy {source}: a run packs 2 to 8 bits in each layer")
+    require(narrow, f"--policy {source}: a run packs 2 to 8 bits")
     if uniform:
         return models.enforce_budget(table, policy, budget)
     ratio = models.bitops_ratio(table, policy)
@@ -628,7 +619,7 @@ class Config:
     sigma: float = option(0.25, "deviation of the noise, in [0, 1] pixels", 0.004, 4)
     budget: float = option(0.015, "BitOPs allowed, of the float network's", 1e-5, 1)
     episodes: int = option(20, "episodes of the search, one policy each", 1, MOST)
-    finalists: int = option(3, "best policies, all different, evaluated again", 0, MOST)
+    finalists: int = option(3, "best policies, evaluated again", 0, MOST)
     search_n: int = option(400, "samples of the base per search image", 1, MOST)
     n_p: int = option(150, "samples of a policy per search image", 1, MOST)
     gamma: float = option(0.99, "p_A from which IRS draws fresh samples", 0, 1)
@@ -650,7 +641,7 @@ class Config:
     seed: int = option(0, "seed of training, search and noise", 0, MOST)
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
     out: str = option(None, "run folder (default: by options, under runs/)")
-    evaluate: str = option(None, "certify this model.arq on the test images, and stop")
+    evaluate: str = option(None, "certify this model.arq, and stop")
 
 
 GROUPS = {"dataset": "data", "arch": "method", "checkpoint": "training"}  # by first option
@@ -662,7 +653,7 @@ def flag(name: str) -> str:
 
 
 def parse_config(argv=None) -> Config:
-    """Options from the command line, completed and checked. Raises ValueError."""
+    """Options from the command line, checked. Raises ValueError."""
     about = f"Defaults are those for shapes. For cifar10: {PRESETS['cifar10']}"
     settings = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     parser = argparse.ArgumentParser(description=about, **settings)
@@ -680,7 +671,7 @@ def parse_config(argv=None) -> Config:
 
 
 def complete_config(given: dict) -> Config:
-    """A Config of the given options; what cannot work is refused at once."""
+    """A Config of the given options; what cannot work is refused."""
     for name in given.keys() & {"checkpoint", "evaluate", "policy"}:
         bits = name == "policy" and given[name].isdigit()
         there = bits or Path(given[name]).is_file()
@@ -750,7 +741,7 @@ class ImageSet:
         return torch.stack(images).to(device).float().div_(255)
 
     def batches(self, batches: list) -> Iterator[Tensor]:
-        """Images for each indices of many; processes decode large ones ahead."""
+        """Images for each indices; processes decode large ones ahead."""
         processors = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = max(1, min(16, processors)) if self.size > 64 else 0
         # Starting workers must not move the generator that training draws from.
@@ -758,7 +749,7 @@ class ImageSet:
         yield from DataLoader(batches, None, collate_fn=self.batch, **settings)
 
     def fingerprint(self) -> str:
-        """A short name for what the set holds, by labels and a few images."""
+        """A short name for the set, by labels and a few images."""
         probes = self.batch(evenly_spaced(min(16, len(self)), len(self)))
         probes = (255 * probes).round().to(torch.uint8)
         text = json.dumps([self.classes, self.labels, self.size])
@@ -778,7 +769,7 @@ def hold_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
 
 
 def load_images(config: Config, train: bool) -> ImageSet:
-    """The training or the test set. ValueError where it is missing or too small."""
+    """The training or the test set. ValueError: missing or too small."""
     root, size = Path(config.data), config.image_size
     test = "test" if (root / "test").is_dir() else "val"
     folder = root / ("train" if train else test)
@@ -845,7 +836,7 @@ PETALS = 0, 2, 3, 4, 5  # of a flower; without any it is a disk
 
 
 def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
-    """Ten classes of flowers, each of its own place, size, tilt, colour and ground."""
+    """Ten classes of flowers of any place, size, tilt, colour and ground."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
@@ -883,7 +874,7 @@ def gather(value) -> list:
 
 
 class SharedSmooth(Smooth):
-    """The same certificates by any number of processes. purpose names the noise."""
+    """The same by any number of processes. purpose names the noise."""
 
     def __init__(self, network, classes: list[str], config: Config, purpose: str):
         settings = config.sigma, config.seed, config.eval_batch, purpose
@@ -899,7 +890,7 @@ class SharedSmooth(Smooth):
 
 # ---- reports ----
 def show_progress(label: str, done: int, total: int, first: int, began: float) -> None:
-    """One line on a terminal: how far, how fast, how long to go."""
+    """On a terminal: how far, how fast, how long to go."""
     if sys.stderr.isatty() and RANK == 0:
         rate = (done - first) / (time.monotonic() - began)
         left = timedelta(seconds=round((total - done) / rate))
@@ -908,7 +899,7 @@ def show_progress(label: str, done: int, total: int, first: int, began: float) -
 
 
 def summarize(rows, network, table, policy: Policy, config: Config, file: Path) -> dict:
-    """What results.json says of a network and its file; radii are one-sided."""
+    """What results.json says of a network and its file."""
     accuracy, acr = certify.certified_accuracy, certify.average_certified_radius
     two_sided = certify.two_sided(rows)
     return {
@@ -929,14 +920,14 @@ def summarize(rows, network, table, policy: Policy, config: Config, file: Path) 
 
 
 def cut(value) -> str:
-    """Fractions to four decimals, rounded towards zero."""
+    """Fractions to four decimals, towards zero."""
     if isinstance(value, float):
         return f"{int(round(value * 1e4, 9)) / 1e4:.4f}"  # 0.57e4 is 5699.999999999999
     return "none" if value is None else str(value)
 
 
 def report(results: dict, folder: RunFolder) -> None:
-    """Write results.json and print it, the float base and ARQ side by side."""
+    """Write results.json and print it, float base and ARQ side by side."""
     write_whole(folder.path / "results.json", {**results, "seconds": folder.seconds})
     columns = [results]
     if "base" in results:

@@ -404,8 +404,7 @@ def two_sided(rows: list[Certificate]) -> list[Certificate]:
     Either radius fails with alpha; the larger of both with 1.5 alpha."""
     certificates = []
     for row in rows:
-        counted = getattr(row, "n_b", None) is not None
-        require(counted, "a two-sided radius needs counts n_a, n_b")
+        require(getattr(row, "n_b", None) is not None, "two-sided radii need counts n_a, n_b")
         n = max(row.n, 1)
         p_a = lower_confidence_bound(row.n_a, n, row.alpha / 2)
         p_b = upper_confidence_bound(row.n_b, n, row.alpha / 2)
