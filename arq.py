@@ -59,20 +59,21 @@ from models import Classifier, Layer, Policy, require
 
 # ---- Algorithm 1 ----
 class BitWidthEnvironment:
-    """An episode walks the layers; each has two decisions: bits of weights, bits of input.
+    """An episode decides on the bits of weights and of input, layer by layer.
 
-    The first and the last layer keep 8 bits and are not visited. A state (10,) holds HAQ's
-    features (Wang et al., 2019, section 3.2), min-max normalised, and the previous bits.
+    The first and the last layer keep 8 bits and are not visited. A state (10,) holds
+    features (HAQ, section 3.2), min-max normalised, and the previous bits.
     Raises ValueError if 2 bits everywhere do not fit the budget."""
 
     def __init__(self, table: list[Layer], budget: float):
         require(len(table) > 2, "no layer stands between the first and the last")
-        models.enforce_budget(table, models.uniform_policy(table, models.MIN_BITS), budget)
+        narrowest = models.uniform_policy(table, models.MIN_BITS)
+        models.enforce_budget(table, narrowest, budget)
         self.table, self.budget = table, budget
         self.decisions, features = [], []
         for index, layer in enumerate(table[1:-1]):
             shape = [layer.c_in, layer.c_out, layer.kernel, layer.stride, layer.map_size]
-            for operand in (0, 1):  # weights, input: positions in a policy's [b_w, b_a]
+            for operand in (0, 1):  # of a policy's [b_w, b_a]
                 self.decisions.append((layer, operand))
                 features.append([index, *shape, layer.weights, layer.depthwise, operand])
         features = torch.tensor(features, dtype=torch.float32)
@@ -86,8 +87,8 @@ class BitWidthEnvironment:
         least, most = models.MIN_BITS, models.MAX_BITS
         return min(most, max(least, round(least - 0.5 + action * (most - least + 1))))
 
-    def rollout(self, act: Callable[[Tensor], float]) -> tuple[Tensor, Tensor, Policy]:
-        """One episode: states (T, 10), actions (T, 1) and the policy, forced."""
+    def rollout(self, act: Callable) -> tuple[Tensor, Tensor, Policy]:
+        """One episode by act(state): states (T, 10), actions (T, 1), forced policy."""
         policy = models.uniform_policy(self.table, models.MIN_BITS)
         states, actions, previous = [], [], 1.0
         for features, (layer, operand) in zip(self.features, self.decisions):
@@ -105,10 +106,10 @@ class BitWidthEnvironment:
 def evaluate_policy(policy, cache, start, base, images, search_pixels, config, final=False):
     """ACR(g^P) of a policy P on the search images (B, C, H, W), by IRS.
 
-    cache: f's certificates and predictions on these; start: a copy of f from `prepare`;
-    base: f; images: those to fine-tune on, by the recipe of the best policy
-    A certificate holds with 1 - (alpha + alpha_zeta), but all episodes replay one noise:
-    they serve the search, and its best policy is certified from scratch.
+    cache: what f, the base, predicts on these; start: a copy of f from `prepare`
+    images: those to fine-tune on, by the recipe of the best policy
+    All episodes replay one noise, so that the search may exploit it: its best policy is
+    certified from scratch.
     final: finalists have twice the training and CERTIFY, on fresh noise."""
     quantized = copy.deepcopy(start)
     models.set_policy(quantized, policy)
@@ -121,7 +122,8 @@ def evaluate_policy(policy, cache, start, base, images, search_pixels, config, f
     g = SharedSmooth(network, images.classes, config, "finalists")
     if final:
         labels, ids = zip(*[(row.label, row.idx) for row in cache.certificates])
-        rows = g.certify(search_pixels, labels, ids, config.n0, config.search_n, config.alpha)
+        counts = config.n0, config.search_n, config.alpha
+        rows = g.certify(search_pixels, labels, ids, *counts)
     else:
         bounds = config.alpha_zeta, config.gamma
         rows = g.certify_incremental(search_pixels, cache, config.n_p, *bounds)
@@ -151,7 +153,8 @@ def search(cache, environment, agent, evaluate, reward=relative_gain) -> Iterato
         # 5: the agent learns from the reward
         gain = reward(acr, base_acr)
         agent.learn(states, actions, gain)
-        yield {"episode": episode, "acr": acr, "reward": gain, "noise": noise, "policy": policy}
+        record = {"episode": episode, "acr": acr, "reward": gain}
+        yield record | {"noise": noise, "policy": policy}
 
 
 def reevaluate_finalists(records, count: int, evaluate, cache) -> Iterator[dict]:
@@ -192,8 +195,8 @@ def augment(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def noise_augmentation(network, x, noise, labels, teacher=None, share=0.0) -> Tensor:
-    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). share: of the
-    targets, a teacher's softmax under other noise, on average its smoothed classifier's."""
+    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). A share of the
+    targets is a teacher's, under other noise: on average its smoothed classifier's."""
     if share > 0:
         with torch.no_grad():
             noise_of_others = noise.roll(1, 0)
@@ -242,7 +245,7 @@ def train(
     for start in range(first, num_batches, per_epoch):
         torch.manual_seed(int.from_bytes(seed[:4], "little") + start // per_epoch)
         end = min(start + per_epoch, num_batches)
-        # What is random is drawn for whole batches, however many processes share them.
+        # Whole batches are drawn, however many processes share them.
         batches = torch.randperm(len(images)).split(batch_size)[: end - start]
         batches = [batch[MINE] for batch in batches]
         for index, chosen, pixels in zip(range(start, end), batches, images.batches(batches)):
@@ -252,9 +255,9 @@ def train(
                 group["lr"] = lr * min(rise, fall)
             uniform = torch.rand(3, batch_size)[:, MINE]
             x = augment(pixels.to(device), uniform)
-            noise = config.sigma * torch.randn(batch_size, *x.shape[1:], device=device)[MINE]
-            with torch.autocast(device.type, torch.bfloat16, enabled=BFLOAT16[device.type]):
-                losses = loss(network, x, noise, labels[chosen].to(device))
+            noise = config.sigma * torch.randn(batch_size, *x.shape[1:], device=device)
+            with torch.autocast(device.type, torch.bfloat16, BFLOAT16[device.type]):
+                losses = loss(network, x, noise[MINE], labels[chosen].to(device))
             require(losses.shape == chosen.shape, "a loss has one value per image")
             optimizer.zero_grad()
             (WORLD * losses.sum() / batch_size).backward()  # processes average gradients
@@ -280,8 +283,8 @@ def fine_tune(classifier, base, images, config, num_batches, purpose, state=None
 
 
 def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
-    """A copy of a float network that takes any policy, and its layer table. Step sizes
-    and signs of inputs come from up to 256 noisy images, spread over the given ones."""
+    """A copy of a float network that takes any policy, and its layer table.
+    Calibrated by up to 256 noisy images, spread over the given ones."""
     classifier = copy.deepcopy(base)
     table = models.quantize_model(classifier, config.image_size)
     x = images.batch(evenly_spaced(min(256, len(images)), len(images)), config.device)
@@ -301,7 +304,8 @@ def integer_network(classifier: Classifier, config: Config) -> nn.Module:
 def run(config: Config) -> None:
     """The method in five steps. A step whose file is there is done."""
     images, test_images = load_images(config, True), load_images(config, False)
-    require(images.classes == test_images.classes, f"--data {config.data}: two sets of classes")
+    same = images.classes == test_images.classes
+    require(same, f"--data {config.data}: classes of test images are others")
     contents = {"training set": images.fingerprint(), "test set": test_images.fingerprint()}
     train_images, search_images = hold_out(images, config.search_images)
     test_images = test_images.subset(evenly_spaced(config.images, len(test_images)))
@@ -312,7 +316,8 @@ def run(config: Config) -> None:
         contents["policy"] = read_policy(config.policy, table, config.budget)
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
     take_along(config, folder)
-    print(f"{config.arch}, {config.episodes} episodes; run folder {folder.path}", flush=True)
+    count = 0 if config.policy else config.episodes
+    print(f"{config.arch}, {count} episodes; run folder {folder.path}", flush=True)
 
     # 1: the float base classifier f
     file = folder.make("train the base", "base.pt", train_base, base, train_images, config)
@@ -336,7 +341,7 @@ def run(config: Config) -> None:
     work = finetune_best, start, base, table, train_images, config
     file = folder.make("fine-tune", "model.arq", *work)
     classifier, _, description = models.load_model(file)
-    changed = f"{file} has other bits than policy.json; give that as --policy, and --out"
+    changed = f"{file} has other bits; give policy.json as --policy, and another --out"
     require(description["policy"] == policy, changed)
     # 5: what was packed, certified from scratch; the test images are first seen here
     network = integer_network(classifier, config)
@@ -356,7 +361,8 @@ def evaluate_saved(config: Config) -> None:
     """--evaluate: certify a packed network again."""
     file, images = Path(config.evaluate), load_images(config, False)
     classifier, table, description = models.load_model(file)
-    require(description["classes"] == images.classes, f"{file}: other classes; give its --data")
+    same = description["classes"] == images.classes
+    require(same, f"{file}: other classes; give its --data")
     contents = {"test set": images.fingerprint(), "network": digest(file.read_bytes())}
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
     images = images.subset(evenly_spaced(config.images, len(images)))
@@ -474,8 +480,8 @@ SAVED_OPTIONS = "dataset", "arch", "image_size", "sigma"  # in the file of a net
 
 class RunFolder:
     """The files of one run. A product that is there is done; the work in progress goes on
-    from state.pt, what it saved last. options, but for FREE ones, stay as in config.json.
-    Raises ValueError, before anything is touched, for other options and a folder in use."""
+    from state.pt, what it saved last. Before anything is touched, ValueError: a folder in
+    use, or of other options than in config.json, but for FREE ones."""
 
     def __init__(self, path, options: dict):
         self.path, self.options, self.seconds = Path(path), options, {}
@@ -525,19 +531,17 @@ class RunFolder:
 
 
 def take_along(config: Config, folder: RunFolder) -> None:
-    """With --checkpoint runs/X/base.pt: its certificates, if options agree."""
+    """Of --checkpoint runs/X/base.pt: its certificates, if images and counts agree."""
     checkpoint = Path(config.checkpoint or "none")
     source = checkpoint.with_name("config.json")
     if checkpoint.name != "base.pt" or not source.exists():
         return
-    before = read_json(source)
-    common = "arch image_size sigma seed n0 alpha device search_images".split()
-    products = {"search_cache.pt": ["training set", "search_n"]}
-    products["base_certificates.tsv"] = ["test set", "images", "n"]
-    for product, names in products.items():
+    before, names = read_json(source), ["training set", "test set", "device", "search_images"]
+    names += "arch image_size sigma seed images n0 n alpha search_n".split()
+    agree = all(before.get(name) == folder.options[name] for name in names)
+    for product in ("search_cache.pt", "base_certificates.tsv") if agree else ():
         old, new = source.with_name(product), folder.path / product
-        agree = all(before.get(name) == folder.options[name] for name in common + names)
-        if agree and old.exists() and not new.exists():
+        if old.exists() and not new.exists():
             print(f"{product}: taken from {old.parent}", flush=True)
             write_whole(new, old.read_bytes())
 
@@ -672,16 +676,12 @@ def parse_config(argv=None) -> Config:
 
 def complete_config(given: dict) -> Config:
     """A Config of the given options; what cannot work is refused."""
-    for name in given.keys() & {"checkpoint", "evaluate", "policy"}:
-        bits = name == "policy" and given[name].isdigit()
-        there = bits or Path(given[name]).is_file()
-        require(there, f"{flag(name)} {given[name]}: no such file")
     saved = {}
     if "evaluate" in given:
         alone = given.keys().isdisjoint({"checkpoint", "policy"})
         require(alone, "--evaluate takes no --checkpoint and no --policy")
         packed = models.read_packed(given["evaluate"])
-        require(packed, f"--evaluate {given['evaluate']}: no packed network (model.arq)")
+        require(packed, f"--evaluate {given['evaluate']}: no packed network")
         saved = {name: packed[0][name] for name in SAVED_OPTIONS}
         for name in given.keys() & {"arch", "image_size"}:
             require(given[name] == saved[name], f"{flag(name)} is {saved[name]}; omit it")
@@ -873,6 +873,16 @@ def gather(value) -> list:
     return values
 
 
+def start_processes(device: str) -> None:
+    """Those of torchrun find each other; only rank 0 prints."""
+    if WORLD > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl" if device == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=timedelta(days=1))
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+
+
 class SharedSmooth(Smooth):
     """The same by any number of processes. purpose names the noise."""
 
@@ -950,27 +960,21 @@ def main(argv=None) -> int:
     code, remedy = 2, "the same command continues"
     try:
         config = parse_config(argv)
-        if WORLD > 1:
-            if config.device == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            backend = "nccl" if config.device == "cuda" else "gloo"
-            distributed.init_process_group(backend, timeout=timedelta(days=1))
-            sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+        start_processes(config.device)
         evaluate_saved(config) if config.evaluate else run(config)
         return 0
     except KeyboardInterrupt:
         code, message = 130, f"interrupted; {remedy} the run"
-    except (ValueError, FloatingPointError) as error:  # after a traceback
-        line = str(error).strip().splitlines()[-1]
-        message = f"error: {line.removeprefix('ValueError: ')}"
-    except OSError as error:  # no permission, no space: what was finished is on disk
-        where = error.filename or config.out  # a full disk names no file
-        message = f"error: {where}: {error.strerror or error}; {remedy}"
+    except (ValueError, FloatingPointError) as error:  # a worker's comes after a traceback
+        message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+    except OSError as error:  # a full disk names no file; what was finished is on it
+        message = f"{error.filename or config.out}: {error.strerror or error}; then {remedy}"
     except torch.OutOfMemoryError:
-        message = f"error: memory; give a smaller --eval-batch or --batch-size; {remedy}"
+        message = f"no memory; give a smaller --eval-batch or --batch-size; {remedy}"
     if RANK > 0:
         time.sleep(3)  # rank 0 prints the error that all have
-    print(f"arq.py: {message}", file=sys.stderr, flush=True)
+    error = "error: " if code == 2 else ""
+    print(f"arq.py: {error}{message}", file=sys.stderr, flush=True)
     return code
 
 

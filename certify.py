@@ -19,7 +19,7 @@ units; noise is added before any normalisation.
     zeta      zeta        upper confidence bound of P[f(x + eps) != f^P(x + eps)]
     R         radius      g is constant within this l2 distance of x
 
-Cohen, Rosenfeld, Kolter, ICML 2019 (CERTIFY, PREDICT); Ugare et al., ICLR 2024 (IRS).
+Cohen, Rosenfeld, Kolter, ICML 2019 (CERTIFY, PREDICT); Ugare et al., 2024 (IRS).
 """
 
 import functools
@@ -31,8 +31,7 @@ from itertools import repeat
 from typing import NamedTuple, TextIO
 
 import torch
-from scipy.special import roots_legendre
-from scipy.stats import beta, norm
+from scipy.special import betaincinv, ndtri, roots_legendre
 from torch import Tensor, nn
 
 ABSTAIN = -1
@@ -54,7 +53,7 @@ def lower_confidence_bound(k, n, alpha):
     valid = (alpha > 0) & (alpha < 1) & (k >= 0) & (k <= n) & (n >= 1)
     require(valid.all(), "0 < alpha < 1, 0 <= k <= n and n >= 1 must hold")
     positive = k > 0  # k = 0 has no beta quantile: its bound is 0
-    return _unwrap(beta.ppf(alpha, k + ~positive, n - k + 1) * positive * (1 - MARGIN))
+    return _unwrap(betaincinv(k + ~positive, n - k + 1, alpha) * positive * (1 - MARGIN))
 
 
 def upper_confidence_bound(k, n, alpha):
@@ -65,18 +64,17 @@ def upper_confidence_bound(k, n, alpha):
 
 def certified_radius(p_a, sigma: float, p_b=None):
     """R = sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)), in l2 (ARQ, Theorem 2.1).
-    p_a bounds the predicted class from below, p_b all others from above. Without p_b it is
-    1 - p_a: R = sigma Phi^-1(p_A), as published. 0 where nothing is certified."""
+    p_a bounds the predicted class from below, p_b all others from above; without p_b, 1 -
+    p_a does: R = sigma Phi^-1(p_A), as published. 0 where nothing is certified."""
     require(sigma > 0, f"sigma must be positive, not {sigma}")
     p_a = _float64(p_a)
     p_b = 1 - p_a if p_b is None else _float64(p_b)
     possible = (p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1)
     require(possible.all(), "probabilities must lie between 0 and 1")
     certified = p_a > p_b  # else 1/2: infinite quantiles have no difference
-    quantile_a = norm.ppf(torch.where(certified, p_a, 0.5))
-    minus_quantile_b = norm.isf(torch.where(certified, p_b, 0.5))  # precise near 0
-    quantiles = quantile_a + minus_quantile_b - MARGIN
-    return _unwrap(sigma / 2 * quantiles.clip(min=0))
+    quantile_a = ndtri(torch.where(certified, p_a, 0.5).numpy())
+    quantile_b = ndtri(torch.where(certified, p_b, 0.5).numpy())
+    return _unwrap(sigma / 2 * (quantile_a - quantile_b - MARGIN).clip(min=0))
 
 
 def _float64(value) -> Tensor:
@@ -209,7 +207,8 @@ class Smooth:
         """CERTIFY (Cohen et al., section 3.2.2): a Certificate per image.
         Unless it abstains, g predicts `predict` everywhere closer than `radius`, with
         probability at least 1 - alpha each. ids name the noise (default: positions)."""
-        return self.certify_and_cache(images, labels, ids, n0, n, alpha, False).certificates
+        samples = n0, n, alpha
+        return self.certify_and_cache(images, labels, ids, *samples, False).certificates
 
     def certify_and_cache(
         self, images, labels, ids=None, n0=100, n=1000, alpha=0.001, skip_wrong=True
@@ -251,7 +250,7 @@ class Smooth:
         return ReplayCache(rows, nn.functional.pad(predictions, (0, missing)), key)
 
     def predict(self, images, ids=None, n=1000, alpha=0.001) -> list[int]:
-        """PREDICT (Cohen et al., section 3.2.1): classes, each wrong with at most alpha."""
+        """PREDICT (Cohen et al., section 3.2.1): classes, each wrong by alpha at most."""
         alpha = self._alpha(alpha / 2, images, n)
         ids = range(len(images)) if ids is None else ids
         # counts <- SampleUnderNoise(f, x, n, sigma)
@@ -400,11 +399,12 @@ def _full_batches(parts, size: int):
 
 # ---- aggregates and files ----
 def two_sided(rows: list[Certificate]) -> list[Certificate]:
-    """The same by Theorem 2.1, p_A and p_B at alpha / 2 each; n_b bounds the runner-up.
+    """The same by Theorem 2.1, p_A, p_B at alpha / 2 each; n_b bounds the runner-up.
     Either radius fails with alpha; the larger of both with 1.5 alpha."""
     certificates = []
     for row in rows:
-        require(getattr(row, "n_b", None) is not None, "two-sided radii need counts n_a, n_b")
+        counted = getattr(row, "n_b", None) is not None
+        require(counted, "two-sided radii need counts n_a, n_b")
         n = max(row.n, 1)
         p_a = lower_confidence_bound(row.n_a, n, row.alpha / 2)
         p_b = upper_confidence_bound(row.n_b, n, row.alpha / 2)
@@ -431,7 +431,7 @@ def acr_difference(rows, base_rows=None) -> tuple[float, float | None]:
 
 def certified_accuracy(rows, radius: float) -> float:
     """Share of images that are right and certified at this radius."""
-    return sum(bool(row.correct) and row.radius >= radius for row in rows) / len(rows)
+    return sum(row.correct and row.radius >= radius for row in rows) / len(rows)
 
 
 def write_certificates(file: TextIO, rows: list[Certificate]) -> None:
@@ -449,7 +449,7 @@ def read_certificates(path) -> list[Certificate]:
         header, *lines = file.read().split("\n")
     names = header.split("\t")
     usual = names[:5] == COLUMNS[:5] and set(names) <= set(COLUMNS)
-    require(usual and lines, f"{path}: line 1 is no header of certificates in UTF-8")
+    require(usual and lines, f"{path}: line 1 heads no certificates in UTF-8")
     require(lines[-1] == "", f"{path}: line {len(lines) + 1} was cut; remove it")
     rows = []
     for number, line in enumerate(lines[:-1], 2):

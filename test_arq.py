@@ -43,7 +43,7 @@ from certify import ABSTAIN, Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig, actor_loss, critic_loss, soft_update
 
 HERE = Path(__file__).parent
-LINES = 2442
+LINES = 2429
 KEY = "0|test"
 
 
@@ -723,8 +723,8 @@ def test_the_fused_network_computes_the_epilogues(arch, backend):
     checked, written, read, before = [], [], [], {}
 
     def keep_residual(layer, inputs):
-        if len(inputs) > 1:
-            before[layer] = inputs[1].clone()  # the sum overwrites it
+        if len(inputs) == 4:
+            before[layer] = inputs[3].clone()  # the sum overwrites it
 
     def check(layer, inputs, output):
         x, output = (v if v.ndim == 4 else v[:, :, None, None] for v in (inputs[0], output))
@@ -740,7 +740,7 @@ def test_the_fused_network_computes_the_epilogues(arch, backend):
         scale, shift = (v.double()[:, None, None] for v in (layer.scale, layer.shift))
         out = reference(layer, q) * scale + shift
         out = out + before[layer] if layer in before else out
-        if layer.backend == "int8" and layer.relu == "relu":
+        if "relu" in inputs[1:]:
             out = out.clamp(min=0)
         if output.dtype == torch.uint8:
             written.append((output, out))
@@ -1230,17 +1230,20 @@ def test_public_checkpoint_layouts(tmp_path):
     ours = models.Classifier(net, (0.5,) * 3, (0.25,) * 3).eval()  # as base.pt has it
     assert torch.equal(logits(ours.state_dict()), ours(x))
     cases = {
-        "checkpoint of tensors": {"args": argparse.Namespace(lr=0.1), "state_dict": state},
-        "not tensors": {"state_dict": None, "epoch": 3},
-        r"\['epoch'\], not tensors by name": state | {"epoch": 3},
-        r"\[\], not tensors by": [state],
-        r"\[0\], not tensors": {0: x},
-        "no resnet20 .*Missing.*std": {"mean": x[0]} | state,
-        "no resnet20 .*Unexpected.*extra": state | {"extra": x},
-        "no resnet20 .*Missing.*fc.bias": {key: state[key] for key in [*state][:-1]},
+        "Weights only": {"args": argparse.Namespace(lr=0.1), "state_dict": state},
+        "'NoneType'": {"state_dict": None, "epoch": 3},
+        'Unexpected.*"epoch"': state | {"epoch": 3},
+        "'list'": [state],
+        "not int": {0: x},
+        "Missing.*std": {"mean": x[0]} | state,
+        "Unexpected.*extra": state | {"extra": x},
+        "Missing.*fc.bias": {key: state[key] for key in [*state][:-1]},
     }
     for words, saved in cases.items():
-        with pytest.raises(ValueError, match=f"c.pt.*{words}"):
+        with pytest.raises(
+            ValueError,
+            match=f"^[^\n]*c.pt is no state dict of resnet20 with 10 [^\n]*{words}[^\n]*$",
+        ):
             logits(saved)
 
 
@@ -1832,12 +1835,12 @@ def fails(arguments, capsys, *words, code=2) -> bool:
         ("--sigma 25", ["--sigma", "from 0.004 to 4", "[0, 1] pixels"]),
         ("--budget 0.004", ["--budget", "0.00"]),
         ("--n 9", ["9 samples", "alpha", "take more"]),
-        (f"--checkpoint {__file__}", ["test_arq.py", "checkpoint"]),
+        (f"--checkpoint {__file__}", ["test_arq.py is no state dict", "--arch"]),
         ("--episode-batch 1", ["--episode-batch"]),
         ("--n-p 600", ["--n-p 600", "--search-n 400"]),
         ("--images 2000", ["--images 2000", "1000"]),
         ("--policy 32", ["--policy 32", "2 to 8 bits"]),
-        ("--policy /nowhere.json", ["--policy /nowhere.json", "no such file"]),
+        ("--policy /nowhere.json", ["/nowhere.json", "No such file"]),
         ("--policy README.md", ["README.md", "no JSON file"]),
     ],
 )
@@ -2226,7 +2229,7 @@ def test_the_house_rules_hold():
         assert all(len(line) <= 96 for line in path.read_text().splitlines()), path
     for name, text in MODULES.items():
         lines = [line for line in text.splitlines() if line.strip()]
-        assert sum(map(len, lines)) / len(lines) <= 58.5, name
+        assert sum(map(len, lines)) / len(lines) <= 58, name
         imported = set()
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom):

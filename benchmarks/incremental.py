@@ -11,7 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from scipy.stats import beta
+from scipy.special import betaincinv
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -128,7 +128,7 @@ def expected_radius(outlook: Outlook, samples: Tensor, alpha: float) -> Tensor:
     samples = samples.double().clamp(min=2)[..., None]
     size = samples * (weight + 1) / (weight + samples) - 1
     quantiles = (torch.arange(6) + 0.5) / 6
-    votes = torch.as_tensor(beta.ppf(quantiles, p * size, (1 - p) * size)) * samples
+    votes = torch.as_tensor(betaincinv(p * size, (1 - p) * size, quantiles)) * samples
     return certified_radius(lower_confidence_bound(votes, samples, alpha), 1.0).mean(-1)
 
 
