@@ -277,8 +277,8 @@ def fine_tune(classifier, base, images, config, num_batches, purpose, state=None
 
 
 def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
-    """A copy of a float network that takes any policy, calibrated by up to 256 of the
-    images under noise, and its layer table."""
+    """A copy of a float network that takes any policy, and its layer table.
+    It is calibrated by up to 256 of the images under noise."""
     classifier = copy.deepcopy(base)
     table = models.quantize_model(classifier, config.image_size)
     x = images.batch(evenly_spaced(min(256, len(images)), len(images)), config.device)
@@ -345,7 +345,6 @@ def run(config: Config) -> None:
     network = integer_network(classifier, config)
     base_rows = certified(folder, "base certificate", base, test_images, config)
     rows = certified(folder, "certificate", network, test_images, config)
-
     results = summarize(rows, network, table, policy, config, file)
     floats = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
     results["base"] = summarize(base_rows, base, table, floats, config, base_file)
@@ -432,8 +431,7 @@ def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config
 
 
 def certify_images(network, images: ImageSet, config: Config, purpose: str, state, save):
-    """CERTIFY by blocks of images: a table, or what `read_cache` takes for the search.
-    purpose names the noise."""
+    """CERTIFY by blocks of images: a table or, for "search", what `read_cache` takes."""
     settings = config.sigma, config.seed, config.eval_batch
     g = SharedSmooth(network, len(images.classes), *settings, purpose)
     is_cache = purpose == "search"  # which spends no samples on images of wrong class
@@ -492,8 +490,7 @@ class RunFolder:
 
     def make(self, name: str, product: str, work: Callable, *arguments) -> Path:
         """The file `product`: what work(*arguments, state, save) returns, once.
-        state: what its last save(state, done, total) kept, None at first; a terminal
-        shows how much is done. All processes call both."""
+        state: what its last save(state, done, total) kept, None at first."""
         file, state_file = self.path / product, self.path / "state.pt"
         saved = read_state(state_file) if state_file.exists() else {}
         self.seconds = saved.get("seconds", {})
@@ -604,9 +601,7 @@ def option(default, text: str, least=None, most=2**31 - 1, choices=None, group=N
 class Config:
     """Every option, with its default for `shapes`: the command line."""
 
-    dataset: str = option(
-        "shapes", "images; shapes are drawn here", choices=PRESETS, group="data"
-    )
+    dataset: str = option("shapes", "images; shapes are drawn", choices=PRESETS, group="data")
     data: str = option("data", "folder of the images; CIFAR-10 is downloaded to it")
     image_size: int = option(32, "side of the images, in pixels", 8, 4096)
     search_images: int = option(80, "training images held out for the search", 1)
@@ -746,8 +741,7 @@ def hold_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
 
 
 def load_images(config: Config, train: bool) -> ImageSet:
-    """The training or the test set; images of a folder that take less than 1 GB are
-    decoded once. ValueError: missing or too small."""
+    """The training or the test set. ValueError: missing or too small."""
     root, size = Path(config.data), config.image_size
     test = "test" if (root / "test").is_dir() else "val"
     folder = root / ("train" if train else test)
@@ -759,7 +753,7 @@ def load_images(config: Config, train: bool) -> ImageSet:
         except FileNotFoundError as error:  # a class has no images
             raise ValueError(f"{folder}: {str(error).split('. ')[0]}") from None
         source, labels = map(list, zip(*tree.samples))
-        if size <= 64 and len(labels) * size**2 < 2**28:
+        if size <= 64 and len(labels) * size**2 < 2**28:  # below 1 GB
             print(f"decoding {len(labels)} images of {folder}", flush=True)
             source = [read_image(path, size) for path in source]
         images = ImageSet(labels, tree.classes, size, source)
@@ -794,8 +788,8 @@ def read_cifar10(root: Path, train: bool, size: int) -> ImageSet:
         gather(None)
         data = torchvision.datasets.CIFAR10(root, train)
     except Exception:  # of many kinds, with one remedy
-        source = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-        message = f"no CIFAR-10 in --data {root}, no download; unpack {source} there"
+        source = "cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+        message = f"no CIFAR-10 in --data {root}; unpack {source} there"
         raise ValueError(message) from None
     labels, order = torch.tensor(data.targets).sort(stable=True)
     pixels = torch.from_numpy(data.data)[order].permute(0, 3, 1, 2)
