@@ -214,7 +214,7 @@ def train(
     save: Callable | None = None,
     loss: Callable = noise_augmentation,
 ) -> dict[str, Tensor]:
-    """Nesterov SGD in place, under Gaussian noise; weights, in evaluation mode.
+    """Nesterov SGD in place, under Gaussian noise; the weights. Ends in evaluation mode.
 
     The rate rises over a fifth of the batches, then falls along a cosine; decay spares
     step sizes, biases and BatchNorm. config: its seed, sigma and batch_size.
@@ -916,7 +916,7 @@ def main(argv=None) -> int:
     except KeyboardInterrupt:
         code, message = 130, f"interrupted; {remedy} the run"
     except (ValueError, FloatingPointError) as error:
-        # A worker's comes after a traceback.
+        # A worker's follows a traceback.
         message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
     except OSError as error:  # a full disk names no file
         message = f"{error.filename or config.out}: {error.strerror or error}; then {remedy}"
