@@ -16,8 +16,6 @@ Algorithm 1 of the paper (Yang et al., arXiv 2410.24214), and who does each line
     P* <- the best policy                                  reevaluate_finalists, best_policy
     f* <- f, quantized by P*, fine-tuned                   finetune_best
     FullRobustCertify(f*) on the test images               certify.Smooth.certify
-
-The README puts the paper's symbols beside the code, and numbers departures.
 """
 
 from __future__ import annotations
@@ -33,7 +31,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,7 +44,7 @@ import torchvision
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import Image  # PIL's, which comes with torchvision
+from torchvision.datasets.folder import Image  # PIL's
 from torchvision.transforms.v2 import functional as TF
 
 import certify
@@ -108,9 +105,8 @@ def evaluate_policy(policy, cache, start, base, images, search_pixels, config, f
 
     cache: what f, the base, predicts on these; start: a copy of f from `prepare`
     images: those to fine-tune on, by the recipe of the best policy
-    All episodes replay one noise, so that the search may exploit it: its best policy is
-    certified from scratch.
-    final: finalists have twice the training and CERTIFY, on fresh noise."""
+    Episodes replay one noise, which the search may exploit: its best policy is certified
+    from scratch. final: finalists have twice the training and CERTIFY, on fresh noise."""
     quantized = copy.deepcopy(start)
     models.set_policy(quantized, policy)
     num_batches = config.episode_batches * (2 if final else 1)
@@ -119,7 +115,8 @@ def evaluate_policy(policy, cache, start, base, images, search_pixels, config, f
         network = integer_network(quantized, config)
     except FloatingPointError:  # training diverged: there is nothing to certify
         return 0.0
-    g = SharedSmooth(network, images.classes, config, "finalists")
+    settings = config.sigma, config.seed, config.eval_batch
+    g = SharedSmooth(network, len(images.classes), *settings, "finalists")
     if final:
         labels, ids = zip(*[(row.label, row.idx) for row in cache.certificates])
         counts = config.n0, config.search_n, config.alpha
@@ -195,7 +192,7 @@ def augment(images: Tensor, uniform: Tensor) -> Tensor:
 
 
 def noise_augmentation(network, x, noise, labels, teacher=None, share=0.0) -> Tensor:
-    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). A share of the
+    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). A share of
     targets is a teacher's, under other noise: on average its smoothed classifier's."""
     if share > 0:
         with torch.no_grad():
@@ -216,15 +213,14 @@ def train(
     state: dict | None = None,
     save: Callable | None = None,
     loss: Callable = noise_augmentation,
-) -> None:
-    """Nesterov SGD in place, under Gaussian noise; ends in evaluation mode.
+) -> dict[str, Tensor]:
+    """Nesterov SGD in place, under Gaussian noise; the weights. Ends in evaluation mode.
 
-    The rate rises over a fifth of the batches and falls along a cosine; decay spares step
-    sizes, biases and BatchNorm. config: its seed, sigma and batch_size.
+    The rate rises over a fifth of the batches, then falls along a cosine; decay spares
+    step sizes, biases and BatchNorm. config: its seed, sigma and batch_size.
     loss(network, x, noise, labels): losses (B,), as `noise_augmentation`
-    save(state): called per epoch; from such a state the call continues, bit for bit
-    Equal arguments train equal networks. FloatingPointError: an epoch ends with numbers
-    that are not finite."""
+    save(state, done, total): of each epoch; from a state it continues bit for bit
+    FloatingPointError: an epoch ends with numbers that are not finite."""
     device, batch_size = next(classifier.parameters()).device, config.batch_size
     matrices = [p for p in classifier.parameters() if p.ndim > 1]
     vectors = [p for p in classifier.parameters() if p.ndim <= 1]
@@ -241,7 +237,6 @@ def train(
     per_epoch = len(images) // batch_size
     require(per_epoch > 0, f"--batch-size {batch_size} exceeds the {len(images)} images")
     seed = hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()
-    began = time.monotonic()
     for start in range(first, num_batches, per_epoch):
         torch.manual_seed(int.from_bytes(seed[:4], "little") + start // per_epoch)
         end = min(start + per_epoch, num_batches)
@@ -260,19 +255,18 @@ def train(
                 losses = loss(network, x, noise[MINE], labels[chosen].to(device))
             require(losses.shape == chosen.shape, "a loss has one value per image")
             optimizer.zero_grad()
-            (WORLD * losses.sum() / batch_size).backward()  # processes average gradients
+            # Processes average their gradients.
+            (WORLD * losses.sum() / batch_size).backward()
             optimizer.step()
-            if save is not None:
-                show_progress("batch", index + 1, num_batches, first, began)
         weights = classifier.state_dict()
         if not all(value.isfinite().all() for value in weights.values()):
             raise FloatingPointError(f"{purpose}: training diverged by batch {end}")
         if save is not None:
-            momenta = optimizer.state_dict()
-            save({"classifier": weights, "optimizer": momenta, "batch": end})
+            state = {"classifier": weights, "optimizer": optimizer.state_dict()}
+            save(state | {"batch": end}, end, num_batches)
     for buffer in classifier.buffers() if WORLD > 1 else ():
         distributed.broadcast(buffer, 0)  # BatchNorm's statistics differed
-    classifier.eval()
+    return classifier.eval().state_dict()
 
 
 def fine_tune(classifier, base, images, config, num_batches, purpose, state=None, save=None):
@@ -284,7 +278,7 @@ def fine_tune(classifier, base, images, config, num_batches, purpose, state=None
 
 def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
     """A copy of a float network that takes any policy, and its layer table.
-    Calibrated by up to 256 noisy images, spread over the given ones."""
+    It is calibrated by up to 256 of the images under noise."""
     classifier = copy.deepcopy(base)
     table = models.quantize_model(classifier, config.image_size)
     x = images.batch(evenly_spaced(min(256, len(images)), len(images)), config.device)
@@ -303,10 +297,12 @@ def integer_network(classifier: Classifier, config: Config) -> nn.Module:
 # ---- the run ----
 def run(config: Config) -> None:
     """The method in five steps. A step whose file is there is done."""
-    images, test_images = load_images(config, True), load_images(config, False)
+    images = load_images(config, True)
+    test_images = load_images(config, False)
     same = images.classes == test_images.classes
     require(same, f"--data {config.data}: classes of test images are others")
-    contents = {"training set": images.fingerprint(), "test set": test_images.fingerprint()}
+    contents = {"training set": images.fingerprint()}
+    contents["test set"] = test_images.fingerprint()
     train_images, search_images = hold_out(images, config.search_images)
     test_images = test_images.subset(evenly_spaced(config.images, len(test_images)))
     base = build_base(config, len(images.classes))
@@ -316,12 +312,14 @@ def run(config: Config) -> None:
         contents["policy"] = read_policy(config.policy, table, config.budget)
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
     take_along(config, folder)
-    count = 0 if config.policy else config.episodes
-    print(f"{config.arch}, {count} episodes; run folder {folder.path}", flush=True)
+    print(f"{config.arch}; run folder {folder.path}", flush=True)
 
     # 1: the float base classifier f
-    file = folder.make("train the base", "base.pt", train_base, base, train_images, config)
-    base.load_state_dict(read_state(file))
+    epochs = 0 if config.checkpoint else config.epochs
+    num_batches = epochs * (len(train_images) // config.batch_size)
+    work = train, base, train_images, config, num_batches, BASE_LR, "base", BASE_DECAY
+    base_file = folder.make("train the base", "base.pt", *work)
+    base.load_state_dict(read_state(base_file))
     start, _ = prepare(base, search_images, config)
     # 2: FullRobustCertify(f) on the search images; 3: the search, or the given policy
     if config.policy:
@@ -343,14 +341,12 @@ def run(config: Config) -> None:
     classifier, _, description = models.load_model(file)
     changed = f"{file} has other bits; give policy.json as --policy, and another --out"
     require(description["policy"] == policy, changed)
-    # 5: what was packed, certified from scratch; the test images are first seen here
+    # 5: what was packed, certified on the test images, which are first seen here
     network = integer_network(classifier, config)
     base_rows = certified(folder, "base certificate", base, test_images, config)
     rows = certified(folder, "certificate", network, test_images, config)
-
     results = summarize(rows, network, table, policy, config, file)
     floats = models.uniform_policy(table, models.FLOAT_BITS, models.FLOAT_BITS)
-    base_file = folder.path / "base.pt"
     results["base"] = summarize(base_rows, base, table, floats, config, base_file)
     mean, standard_error = certify.acr_difference(rows, base_rows)
     results["acr_difference"] = {"mean": mean, "standard_error": standard_error}
@@ -381,14 +377,7 @@ def build_base(config: Config, num_classes: int) -> Classifier:
     return base.to(config.device, memory_format=torch.channels_last).eval()
 
 
-# The work of a step takes what it saved last, or None, and save(state).
-def train_base(base: Classifier, images: ImageSet, config: Config, state, save) -> dict:
-    num_batches = config.epochs * (len(images) // config.batch_size)
-    if config.checkpoint is None:
-        train(base, images, config, num_batches, BASE_LR, "base", BASE_DECAY, state, save)
-    return base.state_dict()
-
-
+# The work of a step takes what it saved last, or None, and save(state, done, total).
 def run_search(environment, evaluate, cache, config, path, state, save, agent_class=DDPG):
     """The best policy of Algorithm 1. Each episode is printed, and in search.jsonl.
     evaluate(policy, cache, final=False): as evaluate_policy, the rest bound."""
@@ -413,14 +402,13 @@ def run_search(environment, evaluate, cache, config, path, state, save, agent_cl
         records.append(record)
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
         write_whole(path / "search.jsonl", "".join(lines).encode())
-        save({"agent": agent.state_dict(), "records": records})
-        pace = statistics.median(record["seconds"] for record in records)
-        left = timedelta(seconds=round(pace * max(0, config.episodes - len(records))))
-        text = f"  episode {record['episode'] + 1:>3}/{config.episodes}"
-        text += " again" if "finalist" in record else ""
+        state = {"agent": agent.state_dict(), "records": records}
+        left = save(state, len(records), config.episodes)
+        again = " again" if "finalist" in record else ""
         best = max(record["acr"] for record in records)
-        text += f"  ACR {cut(record['acr'])}  best {cut(best)}  BitOPs {100 * ratio:.3f} %"
-        print(f"{text}  {left} left", flush=True)
+        print(f"  episode {record['episode'] + 1:>3}/{config.episodes}{again}", end="")
+        print(f"  ACR {cut(record['acr'])}  best {cut(best)}", end="")
+        print(f"  BitOPs {100 * ratio:.3f} %  {left} left", flush=True)
     return best_policy(records)
 
 
@@ -443,28 +431,26 @@ def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config
 
 
 def certify_images(network, images: ImageSet, config: Config, purpose: str, state, save):
-    """CERTIFY by blocks of images, each saved: a table or, for the search, what
-    `read_cache` takes. purpose names the noise."""
-    g = SharedSmooth(network, images.classes, config, purpose)
+    """CERTIFY by blocks of images: a table or, for "search", what `read_cache` takes."""
+    settings = config.sigma, config.seed, config.eval_batch
+    g = SharedSmooth(network, len(images.classes), *settings, purpose)
     is_cache = purpose == "search"  # which spends no samples on images of wrong class
     n = config.search_n if is_cache else config.n
     rows, predictions, key = state or ([], torch.zeros(0, n, dtype=torch.uint8), "")
-    done, began = len(rows), time.monotonic()
     size = WORLD * max(1, 10_000 // n)
-    for first in range(done, len(images), size):
-        part = images.subset(range(first, min(first + size, len(images))))
+    counts = config.n0, n, config.alpha
+    for first in range(len(rows), len(images), size):
+        part = images.subset(range(len(images))[first : first + size])
         pixels = part.batch(range(len(part)), config.device)
-        options = {"n0": config.n0, "n": n, "alpha": config.alpha, "skip_wrong": is_cache}
-        block = g.certify_and_cache(pixels, part.labels, part.ids, **options)
+        block = g.certify_and_cache(pixels, part.labels, part.ids, *counts, is_cache)
         rows += [tuple(row) for row in block.certificates]
         if is_cache:
             predictions, key = torch.cat([predictions, block.predictions]), block.key
-        save((rows, predictions, key))
-        show_progress("image", len(rows), len(images), done, began)
+        save((rows, predictions, key), len(rows), len(images))
     if is_cache:
         return rows, predictions, key
     text = io.StringIO()
-    certify.write_certificates(text, [Certificate(*row) for row in rows])
+    certify.write_certificates(text, rows)
     return text.getvalue().encode()
 
 
@@ -479,36 +465,32 @@ SAVED_OPTIONS = "dataset", "arch", "image_size", "sigma"  # in the file of a net
 
 
 class RunFolder:
-    """The files of one run. A product that is there is done; the work in progress goes on
-    from state.pt, what it saved last. Before anything is touched, ValueError: a folder in
-    use, or of other options than in config.json, but for FREE ones."""
+    """The files of one run. A product that is there is done; work in progress goes on
+    from state.pt. ValueError, before anything is touched: a folder in use, or of other
+    options than in config.json, but for FREE ones."""
 
     def __init__(self, path, options: dict):
-        self.path, self.options, self.seconds = Path(path), options, {}
+        self.path, self.options = Path(path), options
         file = self.path / "config.json"
-        names = os.listdir(path) if self.path.exists() else []
-        ours = file.exists() or all(name.endswith((".lock", ".part")) for name in names)
-        require(ours, f"--out {path} holds no run; give another --out")
+        others = {entry.suffix for entry in self.path.glob("*")} - {".lock", ".part"}
+        require(file.exists() or not others, f"--out {path} holds no run; give another --out")
         before = read_json(file) if file.exists() else options
         for name in options.keys() - FREE:
             both = f"{flag(name)} {before.get(name)} there, {options[name]} here"
             require(before.get(name) == options[name], f"{path}: {both}; give another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = (self.path / "run.lock").open("a")
-        if RANK == 0 and os.name == "posix":
-            import fcntl  # Windows has none, and no lock
-
-            try:  # lockf works over NFS, ends with the process, and is not for workers
-                fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:  # of other kinds where a file system has no locks
-                free = not isinstance(error, (BlockingIOError, PermissionError))
-                require(free, f"another process is at work in {path}")
-        gather(None)  # every process has seen the folder as it was
+        try:  # lockf works over NFS, ends with the process, and is not for workers
+            if RANK == 0 and os.name == "posix":
+                os.lockf(self.lock.fileno(), os.F_TLOCK, 0)
+        except OSError as error:  # of other kinds where a file system has no locks
+            free = not isinstance(error, (BlockingIOError, PermissionError))
+            require(free, f"another process is at work in {path}")
         write_whole(file, options)
 
     def make(self, name: str, product: str, work: Callable, *arguments) -> Path:
-        """The file `product`: what work(*arguments, state, save) returns, unless it is there.
-        state: what its last save(state) kept, None at first. All processes call both."""
+        """The file `product`: what work(*arguments, state, save) returns, once.
+        state: what its last save(state, done, total) kept, None at first."""
         file, state_file = self.path / product, self.path / "state.pt"
         saved = read_state(state_file) if state_file.exists() else {}
         self.seconds = saved.get("seconds", {})
@@ -519,10 +501,16 @@ class RunFolder:
         print(f"{name} ..." if state is None else f"{name}, continued ...", flush=True)
         began = time.monotonic() - self.seconds.get(name, 0.0)
 
-        def save(state) -> None:
-            self.seconds[name] = time.monotonic() - began
+        def save(state, done=1, total=1) -> timedelta:
+            self.seconds[name] = spent = time.monotonic() - began
             record = {"product": product, "state": state, "seconds": self.seconds}
             write_whole(state_file, record)
+            left = timedelta(seconds=round(spent / done * max(0, total - done)))
+            if RANK == 0 and sys.stderr.isatty():
+                line = f"{name}: {done}/{total}, {done / spent:.3g}/s, {left} left"
+                line = line if done < total else ""
+                print(f"\r  {line:<90}\r", end="", file=sys.stderr, flush=True)
+            return left
 
         write_whole(file, work(*arguments, state, save))
         save(None)
@@ -534,10 +522,10 @@ def take_along(config: Config, folder: RunFolder) -> None:
     """Of --checkpoint runs/X/base.pt: its certificates, if images and counts agree."""
     checkpoint = Path(config.checkpoint or "none")
     source = checkpoint.with_name("config.json")
-    if checkpoint.name != "base.pt" or not source.exists():
-        return
-    before, names = read_json(source), ["training set", "test set", "device", "search_images"]
-    names += "arch image_size sigma seed images n0 n alpha search_n".split()
+    ours = checkpoint.name == "base.pt" and source.exists()
+    before = read_json(source) if ours else {}
+    names = "arch image_size sigma seed images n0 n alpha search_images search_n".split()
+    names += ["training set", "test set", "device"]
     agree = all(before.get(name) == folder.options[name] for name in names)
     for product in ("search_cache.pt", "base_certificates.tsv") if agree else ():
         old, new = source.with_name(product), folder.path / product
@@ -582,11 +570,10 @@ def read_policy(source, table: list[Layer], budget: float) -> Policy:
     models.check_policy([layer.name for layer in table], policy)
     narrow = max(map(max, policy.values())) <= models.MAX_BITS
     require(narrow, f"--policy {source}: a run packs 2 to 8 bits")
-    if uniform:
-        return models.enforce_budget(table, policy, budget)
-    ratio = models.bitops_ratio(table, policy)
-    require(ratio <= budget, f"{source} costs {ratio:.6f} of the BitOPs; raise --budget")
-    return policy
+    forced = models.enforce_budget(table, policy, budget)
+    fits = uniform or forced == policy
+    require(fits, f"{source} exceeds --budget {budget}; raise --budget")
+    return forced
 
 
 def digest(data: bytes) -> str:
@@ -600,56 +587,49 @@ LONG |= {"images": 500, "n": 10_000, "finalists": 5}
 LARGE = {"arch": "resnet50", "finetune_epochs": 10.0, "gamma": 0.995, "image_size": 224}
 # What the data sets have in place of the defaults.
 PRESETS = {"shapes": {}, "cifar10": LONG, "folder": LONG, "imagenet": LONG | LARGE}
-MOST = 2**31 - 1
 
 
-def option(default, text: str, least=None, most=None, choices=None):
-    metadata = {"help": text, "range": (least, most), "choices": choices}
+def option(default, text: str, least=None, most=2**31 - 1, choices=None, group=None):
+    """A field of Config, and its argument. group: it begins one in --help."""
+    if default is not None:
+        text += f" (default: {default})"
+    metadata = {"help": text, "choices": choices, "range": (least, most), "group": group}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass
 class Config:
-    """Every option, with the default for `shapes`; the command line is made from it."""
+    """Every option, with its default for `shapes`: the command line."""
 
-    # data
-    dataset: str = option("shapes", "images; shapes are drawn here", choices=tuple(PRESETS))
+    dataset: str = option("shapes", "images; shapes are drawn", choices=PRESETS, group="data")
     data: str = option("data", "folder of the images; CIFAR-10 is downloaded to it")
     image_size: int = option(32, "side of the images, in pixels", 8, 4096)
-    search_images: int = option(80, "training images held out for the search", 1, MOST)
-    images: int = option(100, "test images, evenly spaced over the set", 1, MOST)
-    # method
-    arch: str = option("resnet8", "network", choices=tuple(models.NETWORKS))
+    search_images: int = option(80, "training images held out for the search", 1)
+    images: int = option(100, "test images, evenly spaced over the set", 1)
+    arch: str = option("resnet8", "network", choices=models.NETWORKS, group="method")
     sigma: float = option(0.25, "deviation of the noise, in [0, 1] pixels", 0.004, 4)
     budget: float = option(0.015, "BitOPs allowed, of the float network's", 1e-5, 1)
-    episodes: int = option(20, "episodes of the search, one policy each", 1, MOST)
-    finalists: int = option(3, "best policies, evaluated again", 0, MOST)
-    search_n: int = option(400, "samples of the base per search image", 1, MOST)
-    n_p: int = option(150, "samples of a policy per search image", 1, MOST)
+    episodes: int = option(20, "episodes of the search, one policy each", 1)
+    finalists: int = option(3, "best policies, evaluated again", 0)
+    search_n: int = option(400, "samples of the base per search image", 1)
+    n_p: int = option(150, "samples of a policy per search image", 1)
     gamma: float = option(0.99, "p_A from which IRS draws fresh samples", 0, 1)
     alpha_zeta: float = option(0.001, "alpha of the disparity zeta of IRS", 1e-9, 0.49)
     policy: str = option(None, "no search: a policy.json, or a bit-width such as 4")
-    # training
-    checkpoint: str = option(None, "float base; else one is trained")
-    epochs: int = option(6, "epochs of the base", 1, MOST)
-    episode_batches: int = option(8, "training batches of a policy's episode", 0, MOST)
+    checkpoint: str = option(None, "float base; else one is trained", group="training")
+    epochs: int = option(6, "epochs of the base", 1)
+    episode_batches: int = option(8, "training batches of a policy's episode", 0)
     finetune_epochs: float = option(2.0, "epochs of the best policy", 0, 1e6)
     distill: float = option(0.7, "share of the base in the last targets", 0, 1)
-    batch_size: int = option(128, "images in a training batch", 2, MOST)
-    # certificates
-    n0: int = option(100, "samples that select the class", 1, MOST)
-    n: int = option(1000, "samples that bound its probability", 1, MOST)
+    batch_size: int = option(128, "images in a training batch", 2)
+    n0: int = option(100, "samples that select the class", 1, group="certificates")
+    n: int = option(1000, "samples that bound its probability", 1)
     alpha: float = option(0.001, "chance of a wrong certificate, each", 1e-9, 0.49)
-    eval_batch: int = option(None, "samples per forward pass when certifying", 1, MOST)
-    # run
-    seed: int = option(0, "seed of training, search and noise", 0, MOST)
+    eval_batch: int = option(None, "samples per forward pass when certifying", 1)
+    seed: int = option(0, "seed of training, search and noise", 0, group="run")
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
     out: str = option(None, "run folder (default: by options, under runs/)")
     evaluate: str = option(None, "certify this model.arq, and stop")
-
-
-GROUPS = {"dataset": "data", "arch": "method", "checkpoint": "training"}  # by first option
-GROUPS |= {"n0": "certificates", "seed": "run"}
 
 
 def flag(name: str) -> str:
@@ -657,42 +637,34 @@ def flag(name: str) -> str:
 
 
 def parse_config(argv=None) -> Config:
-    """Options from the command line, checked. Raises ValueError."""
+    """Options from the command line. ValueError for those that cannot work."""
     about = f"Defaults are those for shapes. For cifar10: {PRESETS['cifar10']}"
     settings = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     parser = argparse.ArgumentParser(description=about, **settings)
     parser.error = lambda message: require(False, f"{message} (see --help)")
     kinds = {"int": int, "float": float, "str": str}
     for field in dataclasses.fields(Config):
-        if field.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[field.name])
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
         text, choices = field.metadata["help"], field.metadata["choices"]
-        if field.default is not None:
-            text += f" (default: {field.default})"
         kind = kinds[field.type]
         group.add_argument(flag(field.name), help=text, choices=choices, type=kind)
-    return complete_config(vars(parser.parse_args(argv)))
+    given = vars(parser.parse_args(argv))
 
-
-def complete_config(given: dict) -> Config:
-    """A Config of the given options; what cannot work is refused."""
-    saved = {}
     if "evaluate" in given:
-        alone = given.keys().isdisjoint({"checkpoint", "policy"})
-        require(alone, "--evaluate takes no --checkpoint and no --policy")
-        packed = models.read_packed(given["evaluate"])
-        require(packed, f"--evaluate {given['evaluate']}: no packed network")
-        saved = {name: packed[0][name] for name in SAVED_OPTIONS}
-        for name in given.keys() & {"arch", "image_size"}:
-            require(given[name] == saved[name], f"{flag(name)} is {saved[name]}; omit it")
-    dataset = given.get("dataset", saved.get("dataset", "shapes"))
-    preset = PRESETS.get(dataset, PRESETS["folder"])  # a packed network may name its own
-    config = Config(**{**preset, **saved, **given})
+        _, _, saved = models.load_model(given["evaluate"])
+        for name in given.keys() & {"arch", "image_size", "checkpoint", "policy"}:
+            other = f"--evaluate takes no {flag(name)} {given[name]}; omit it"
+            require(given[name] == saved.get(name), other)
+        given = {name: saved[name] for name in SAVED_OPTIONS} | given
+    # A packed network may name a data set of its own.
+    preset = PRESETS.get(given.get("dataset", "shapes"), LONG)
+    config = Config(**preset | given)
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     best = getattr(accelerator, "type", "cpu")
     if config.device == "auto":
         config.device = best if best in BFLOAT16 else "cpu"
-    require(config.device in (best, "cpu"), f"--device {config.device} is not there; use auto")
+    require(config.device in (best, "cpu"), f"no --device {config.device}; use auto")
     if config.eval_batch is None:  # small batches stay in a CPU's cache
         samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32**2 // max(config.image_size, 32) ** 2)
@@ -701,16 +673,16 @@ def complete_config(given: dict) -> Config:
         inside = least is None or least <= value <= most
         about = f"from {least} to {most}, not {value}: {field.metadata['help']}"
         require(inside, f"{flag(field.name)} must be {about}")
-    pixels, n_p = 3 * config.image_size**2, config.n_p
-    spent = [(config.n, config.alpha), (config.search_n, config.alpha), (n_p, config.alpha)]
-    for samples, alpha in [*spent, (n_p, config.alpha_zeta)]:
-        certify.alpha_after_noise(alpha, samples, pixels, config.sigma)
-    require(config.batch_size >= 2 * WORLD, f"--batch-size is too small for {WORLD} processes")
-    require(n_p <= config.search_n, f"--n-p {n_p} exceeds --search-n {config.search_n}")
+    pixels, alpha = 3 * config.image_size**2, min(config.alpha, config.alpha_zeta)
+    for samples in (config.n, config.search_n):
+        certify.alpha_after_noise(config.alpha, samples, pixels, config.sigma)
+    certify.alpha_after_noise(alpha, config.n_p, pixels, config.sigma)
+    require(config.batch_size >= 2 * WORLD, f"--batch-size: {WORLD} processes need more")
+    fewer = config.n_p <= config.search_n
+    require(fewer, f"--n-p {config.n_p} exceeds --search-n {config.search_n}")
     name = f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-budget{config.budget:g}"
-    for file in filter(None, (config.policy, config.evaluate)):
-        name += "-" + "-".join(Path(file).parts[-2:])
-    config.out = config.out or f"runs/{name}-seed{config.seed}"
+    file = Path(config.policy or config.evaluate or "").parts[-2:]
+    config.out = config.out or "-".join([f"runs/{name}", *file, f"seed{config.seed}"])
     return config
 
 
@@ -776,11 +748,19 @@ def load_images(config: Config, train: bool) -> ImageSet:
     if config.dataset == "shapes":
         images = draw_shapes(8000 if train else 1000, seed=0 if train else 1, size=size)
     elif folder.is_dir():
-        images = read_tree(folder, size)
+        try:
+            tree = torchvision.datasets.ImageFolder(folder)
+        except FileNotFoundError as error:  # a class has no images
+            raise ValueError(f"{folder}: {str(error).split('. ')[0]}") from None
+        source, labels = map(list, zip(*tree.samples))
+        if size <= 64 and len(labels) * size**2 < 2**28:  # below 1 GB
+            print(f"decoding {len(labels)} images of {folder}", flush=True)
+            source = [read_image(path, size) for path in source]
+        images = ImageSet(labels, tree.classes, size, source)
     elif config.dataset == "cifar10":
         images = read_cifar10(root, train, size)
     else:
-        raise ValueError(f"--data {root}: no image tree, train/<class>/*, and test/ or val/")
+        raise ValueError(f"--data {root}: no train/<class>/*, and test/ or val/")
     require(len(images.classes) > 1, f"--data {root}: at least two classes are needed")
     needed = config.search_images + config.batch_size if train else config.images
     asked = "--search-images and a --batch-size need" if train else "--images"
@@ -788,51 +768,33 @@ def load_images(config: Config, train: bool) -> ImageSet:
     return images
 
 
-def read_tree(folder: Path, size: int) -> ImageSet:
-    """Images in a folder per class; below 1 GB they are decoded once."""
-    try:
-        tree = torchvision.datasets.ImageFolder(folder)
-    except FileNotFoundError as error:  # a class has no images
-        raise ValueError(f"{folder}: {str(error).split('. ')[0]}") from None
-    paths, labels = map(list, zip(*tree.samples))
-    if size <= 64 and len(paths) * size**2 < 2**28:
-        print(f"decoding {len(paths)} images of {folder}", flush=True)
-        paths = [read_image(path, size) for path in paths]
-    return ImageSet(labels, tree.classes, size, paths)
-
-
 def read_image(path: str, size: int) -> Tensor:
-    """RGB uint8 (3, size, size): shorter side resized, centre cropped, no EXIF turn."""
+    """RGB uint8 (3, size, size): shorter side resized, centre cropped; no EXIF."""
     try:
         with Image.open(path) as file:
             require(file.mode[0] not in "IF", f"mode {file.mode} has no range: save 8 bits")
             image = TF.pil_to_tensor(file.convert("RGB"))
-    except Exception as error:  # decoders raise many kinds for broken files
+    except Exception as error:  # of many kinds
         message = f"{path}: no readable image ({str(error)[:80]}); repair or remove it"
         raise ValueError(message) from None
-    if image.shape[1:] != (size, size):
-        image = TF.center_crop(TF.resize(image, [size], antialias=True), [size, size])
-    return image
+    return TF.center_crop(TF.resize(image, [size]), [size, size])
 
 
 def read_cifar10(root: Path, train: bool, size: int) -> ImageSet:
-    """CIFAR-10 as published; rank 0 downloads it if it is not there."""
+    """CIFAR-10; rank 0 downloads it if it is not there."""
     try:
         if RANK == 0 and not Path(root, "cifar-10-batches-py").is_dir():
             torchvision.datasets.CIFAR10(root, download=True)
         gather(None)
         data = torchvision.datasets.CIFAR10(root, train)
-    except Exception:  # network and file errors of many kinds, one remedy
-        source = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-        message = f"no CIFAR-10 in --data {root}, no download; unpack {source} there"
+    except Exception:  # of many kinds, with one remedy
+        source = "cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
+        message = f"no CIFAR-10 in --data {root}; unpack {source} there"
         raise ValueError(message) from None
     labels, order = torch.tensor(data.targets).sort(stable=True)
     pixels = torch.from_numpy(data.data)[order].permute(0, 3, 1, 2)
     pixels = TF.resize(pixels, [size, size]).contiguous()
     return ImageSet(labels.tolist(), data.classes, size, list(pixels))
-
-
-PETALS = 0, 2, 3, 4, 5  # of a flower; without any it is a disk
 
 
 def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
@@ -842,9 +804,10 @@ def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-    classes = [f"{n} petals, {fill}" for n in PETALS for fill in ("filled", "hollow")]
+    petals = 0, 2, 3, 4, 5  # of a flower; without any it is a disk
+    classes = [f"{n} petals, {fill}" for n in petals for fill in ("filled", "hollow")]
     labels = torch.arange(count) * len(classes) // count
-    petals, hollow = torch.tensor(PETALS)[labels // 2], labels % 2
+    petals, hollow = torch.tensor(petals)[labels // 2], labels % 2
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, size)] * 2, indexing="ij")
     x, y = x - uniform(-0.25, 0.25, 1, 1), y - uniform(-0.25, 0.25, 1, 1)
     radius = x.hypot(y) / uniform(0.55, 0.85, 1, 1)
@@ -884,11 +847,7 @@ def start_processes(device: str) -> None:
 
 
 class SharedSmooth(Smooth):
-    """The same by any number of processes. purpose names the noise."""
-
-    def __init__(self, network, classes: list[str], config: Config, purpose: str):
-        settings = config.sigma, config.seed, config.eval_batch, purpose
-        super().__init__(network, len(classes), *settings)
+    """The same by any number of processes."""
 
     def predictions(self, images, ids, sizes, key):
         # Images of wrong class get no samples: the others are shared.
@@ -899,15 +858,6 @@ class SharedSmooth(Smooth):
 
 
 # ---- reports ----
-def show_progress(label: str, done: int, total: int, first: int, began: float) -> None:
-    """On a terminal: how far, how fast, how long to go."""
-    if sys.stderr.isatty() and RANK == 0:
-        rate = (done - first) / (time.monotonic() - began)
-        left = timedelta(seconds=round((total - done) / rate))
-        line = f"{label} {done}/{total}, {rate:.3g}/s, {left} left" if done < total else ""
-        print(f"\r  {line:<90}\r", end="", file=sys.stderr, flush=True)
-
-
 def summarize(rows, network, table, policy: Policy, config: Config, file: Path) -> dict:
     """What results.json says of a network and its file."""
     accuracy, acr = certify.certified_accuracy, certify.average_certified_radius
@@ -965,16 +915,16 @@ def main(argv=None) -> int:
         return 0
     except KeyboardInterrupt:
         code, message = 130, f"interrupted; {remedy} the run"
-    except (ValueError, FloatingPointError) as error:  # a worker's comes after a traceback
+    except (ValueError, FloatingPointError) as error:
+        # A worker's follows a traceback.
         message = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-    except OSError as error:  # a full disk names no file; what was finished is on it
+    except OSError as error:  # a full disk names no file
         message = f"{error.filename or config.out}: {error.strerror or error}; then {remedy}"
     except torch.OutOfMemoryError:
         message = f"no memory; give a smaller --eval-batch or --batch-size; {remedy}"
     if RANK > 0:
         time.sleep(3)  # rank 0 prints the error that all have
-    error = "error: " if code == 2 else ""
-    print(f"arq.py: {error}{message}", file=sys.stderr, flush=True)
+    print(f"arq.py: error: {message}", file=sys.stderr, flush=True)
     return code
 
 

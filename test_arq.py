@@ -44,7 +44,7 @@ from certify import ABSTAIN, Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig, actor_loss, critic_loss, soft_update
 
 HERE = Path(__file__).parent
-LINES = 2429
+LINES = 2379
 KEY = "0|test"
 
 
@@ -1546,7 +1546,7 @@ def test_a_policys_reward_does_not_depend_on_the_policies_before_it():
     assert evaluate(policy, start=start) == 0.0
 
 
-def search_records(tmp_path, acrs, again, state=None, save=lambda state: None, **options):
+def search_records(tmp_path, acrs, again, state=None, save=lambda *_: None, **options):
     """The records of run_search, and the policies that were evaluated again."""
     config = arq.parse_config(f"--episodes {len(acrs)} --finalists 3 --device cpu".split())
     environment = arq.BitWidthEnvironment(tiny_table(), options.pop("budget", 0.04))
@@ -1567,7 +1567,7 @@ def search_records(tmp_path, acrs, again, state=None, save=lambda state: None, *
 def test_the_best_policies_are_evaluated_again(tmp_path):
     """The three best of six, best first; the best of those wins; a stop continues there."""
     acrs, again, saved = [0.1, 0.5, 0.3, 0.6, 0.2, 0.4], [0.31, 0.33, 0.32], []
-    save = lambda state: saved.append(copy.deepcopy(state))  # noqa: E731
+    save = lambda state, *_: saved.append(copy.deepcopy(state))  # noqa: E731
     records, seen = search_records(tmp_path, acrs, again, save=save)
     assert [r["acr"] for r in records] == acrs + again
     assert [r["episode"] for r in records[6:]] == [3, 1, 5]
@@ -1693,7 +1693,7 @@ def test_training_continues_bit_for_bit(bits):
     def train(state=None, loss=arq.noise_augmentation):
         """The network, and the state after each epoch."""
         classifier, states = quantized("resnet8", 16, bits)[0], []
-        save = lambda state: states.append(copy.deepcopy(state))  # noqa: E731
+        save = lambda state, *_: states.append(copy.deepcopy(state))  # noqa: E731
         with contextlib.suppress(KeyboardInterrupt):
             arq.train(classifier, images, config, 12, 0.1, "base", 1e-4, state, save, loss)
         return classifier.state_dict().values(), states
@@ -1868,13 +1868,14 @@ def test_files_that_are_no_use_are_refused_in_one_line(tmp_path, monkeypatch, ca
     Path("wide.json").write_text(json.dumps(models.uniform_policy(table, 8)))
     for wrong, reason in (
         ("--checkpoint empty.pt", "--evaluate takes no --checkpoint"),
-        ("--evaluate wide.json", "no packed network"),
+        ("--policy wide.json", "--evaluate takes no --policy"),
         ("--image-size 16", "omit it"),
         ("--arch resnet20", "omit it"),
         ("--data nowhere", "train/<class>"),  # its own data set is a folder
     ):
         assert fails(f"--evaluate m.arq {wrong}".split(), capsys, wrong.split()[0], reason)
     assert fails("--policy wide.json".split(), capsys, "wide.json", "raise --budget")
+    assert fails("--evaluate wide.json".split(), capsys, "wide.json", "not a network")
 
 
 def test_figures_are_shown_as_they_are_and_never_rounded_up():
