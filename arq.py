@@ -219,7 +219,7 @@ def train(
     The rate rises over a fifth of the batches, then falls along a cosine; decay spares
     step sizes, biases and BatchNorm. config: its seed, sigma and batch_size.
     loss(network, x, noise, labels): losses (B,), as `noise_augmentation`
-    save(state, done, total): of each epoch; from a state it continues bit for bit
+    save(state, done, total): of each epoch, None between; a state continues bit for bit
     FloatingPointError: an epoch ends with numbers that are not finite."""
     device, batch_size = next(classifier.parameters()).device, config.batch_size
     matrices = [p for p in classifier.parameters() if p.ndim > 1]
@@ -258,6 +258,8 @@ def train(
             # Processes average their gradients.
             (WORLD * losses.sum() / batch_size).backward()
             optimizer.step()
+            if save is not None and index + 1 < end:
+                save(None, index + 1, num_batches)
         weights = classifier.state_dict()
         if not all(value.isfinite().all() for value in weights.values()):
             raise FloatingPointError(f"{purpose}: training diverged by batch {end}")
@@ -312,7 +314,8 @@ def run(config: Config) -> None:
         contents["policy"] = read_policy(config.policy, table, config.budget)
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
     take_along(config, folder)
-    print(f"{config.arch}; run folder {folder.path}", flush=True)
+    count = 0 if config.policy else config.episodes
+    print(f"{config.arch}, {count} episodes; run folder {folder.path}", flush=True)
 
     # 1: the float base classifier f
     epochs = 0 if config.checkpoint else config.epochs
@@ -490,7 +493,8 @@ class RunFolder:
 
     def make(self, name: str, product: str, work: Callable, *arguments) -> Path:
         """The file `product`: what work(*arguments, state, save) returns, once.
-        state: what its last save(state, done, total) kept, None at first."""
+        state: what its last save(state, done, total) kept, None at first.
+        Without a state, save only shows how far the work is."""
         file, state_file = self.path / product, self.path / "state.pt"
         saved = read_state(state_file) if state_file.exists() else {}
         self.seconds = saved.get("seconds", {})
@@ -502,9 +506,11 @@ class RunFolder:
         began = time.monotonic() - self.seconds.get(name, 0.0)
 
         def save(state, done=1, total=1) -> timedelta:
-            self.seconds[name] = spent = time.monotonic() - began
-            record = {"product": product, "state": state, "seconds": self.seconds}
-            write_whole(state_file, record)
+            spent = time.monotonic() - began
+            if state is not None or done == total:
+                self.seconds[name] = spent
+                record = {"product": product, "state": state, "seconds": self.seconds}
+                write_whole(state_file, record)
             left = timedelta(seconds=round(spent / done * max(0, total - done)))
             if RANK == 0 and sys.stderr.isatty():
                 line = f"{name}: {done}/{total}, {done / spent:.3g}/s, {left} left"

@@ -44,7 +44,7 @@ from certify import ABSTAIN, Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig, actor_loss, critic_loss, soft_update
 
 HERE = Path(__file__).parent
-LINES = 2379
+LINES = 2385
 KEY = "0|test"
 
 
@@ -1693,7 +1693,7 @@ def test_training_continues_bit_for_bit(bits):
     def train(state=None, loss=arq.noise_augmentation):
         """The network, and the state after each epoch."""
         classifier, states = quantized("resnet8", 16, bits)[0], []
-        save = lambda state, *_: states.append(copy.deepcopy(state))  # noqa: E731
+        save = lambda state, *_: state and states.append(copy.deepcopy(state))  # noqa: E731
         with contextlib.suppress(KeyboardInterrupt):
             arq.train(classifier, images, config, 12, 0.1, "base", 1e-4, state, save, loss)
         return classifier.state_dict().values(), states
@@ -1711,7 +1711,7 @@ def test_training_that_diverges_or_has_no_loss_per_image_ends():
     """With nothing saved of it, and whether or not something is to be saved."""
     config = arq.parse_config(["--batch-size", "16", "--device", "cpu"])
     images, saved = arq.draw_shapes(32, seed=0, size=16), []
-    for save in (saved.append, None):
+    for save in (lambda state, *_: state and saved.append(state), None):
         classifier = models.build_classifier("resnet8", 10)
         with pytest.raises(FloatingPointError, match="diverged by batch 2"):
             arq.train(classifier, images, config, 2, 1e30, save=save)
