@@ -680,9 +680,8 @@ def complete_config(given: dict) -> Config:
     if "evaluate" in given:
         alone = given.keys().isdisjoint({"checkpoint", "policy"})
         require(alone, "--evaluate takes no --checkpoint and no --policy")
-        packed = models.read_packed(given["evaluate"])
-        require(packed, f"--evaluate {given['evaluate']}: no packed network")
-        saved = {name: packed[0][name] for name in SAVED_OPTIONS}
+        header, _ = models.read_packed(given["evaluate"])
+        saved = {name: header[name] for name in SAVED_OPTIONS}
         for name in given.keys() & {"arch", "image_size"}:
             require(given[name] == saved[name], f"{flag(name)} is {saved[name]}; omit it")
     dataset = given.get("dataset", saved.get("dataset", "shapes"))

@@ -36,8 +36,8 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import mobilenetv2, resnet
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 MIN_BITS, MAX_BITS, FLOAT_BITS = 2, 8, 32
 LARGEST = 1e30  # of what a layer gives: sums of such values are finite floats
@@ -247,21 +247,19 @@ AS_CONVOLUTION = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "grou
 
 def check_input(name: str, x: Tensor) -> None:
     """ValueError unless an input is finite, (B, C, H, W) or (B, features)."""
-    if x.ndim not in (2, 4):
-        raise ValueError(f"layer {name}: its input {tuple(x.shape)} has no batch axis")
-    if not x.sum().isfinite():
-        raise ValueError(f"layer {name}: its input is not finite")
+    shape = tuple(x.shape)
+    require(len(shape) in (2, 4), f"layer {name}: its input {shape} has no batch axis")
+    require(x.sum().isfinite(), f"layer {name}: its input is not finite")
 
 
 class QuantLayer(nn.Module):
     """A convolution or linear layer and its BatchNorm, quantized weights and input.
     Of 32 bits it is the float layer; fewer are simulated, BatchNorm in float."""
 
-    def __init__(self, name: str, layer, norm: nn.Module, in_shape: tuple, quantizer=LSQ):
+    def __init__(self, name: str, layer, norm: nn.Module, in_shape: tuple, quantizer):
         super().__init__()
         self.name, self.in_shape = name, in_shape
         self.weight, self.bias, self.norm = layer.weight, layer.bias, norm
-        self.is_linear = isinstance(layer, nn.Linear)
         self.conv = {key: getattr(layer, key, one) for key, one in AS_CONVOLUTION.items()}
         self.weight_quantizer = quantizer(len(layer.weight))
         self.input_quantizer = quantizer()
@@ -276,7 +274,7 @@ class QuantLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         w = self.weight_quantizer(self.weight)
         a = self.input_quantizer(x)
-        if self.is_linear:
+        if w.ndim == 2:
             return self.norm(F.linear(a, w, self.bias))
         return self.norm(F.conv2d(a, w, self.bias, **self.conv))
 
@@ -291,8 +289,7 @@ class QuantLayer(nn.Module):
         if not isinstance(norm, nn.Identity):
             gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
             scale, shift = scale * gain, (shift - norm.running_mean) * gain + norm.bias
-        operands = (w.bits, weight, scale), (a.bits, bool(a.signed), a.step)
-        return IntegerLayer(self, *operands, shift)
+        return IntegerLayer(self, weight, a.step, scale, shift)
 
 
 class IntegerLayer(nn.Module):
@@ -301,19 +298,18 @@ class IntegerLayer(nn.Module):
     weight is int8 (c_out, c_in / groups, h, w), a linear layer's 1x1; a_step (); scale and
     shift (c_out,). float32 holds integers below 2^24; for larger sums float64 is taken."""
 
-    backend = "float32"
     reads_kernel = False  # whether its input is known to be finite
 
-    def __init__(self, layer: QuantLayer, weights: tuple, inputs: tuple, shift: Tensor):
+    def __init__(self, layer: QuantLayer, weight, a_step, scale, shift):
         super().__init__()
         self.name, self.conv, self.in_shape = layer.name, layer.conv, layer.in_shape
-        self.w_bits, weight, scale = weights
-        self.a_bits, self.signed, a_step = inputs
+        self.w_bits, self.a_bits = layer.w_bits, layer.a_bits
+        self.signed = bool(layer.input_quantizer.signed)
+        self.q_min, self.q_max = integer_range(self.a_bits, self.signed)
         weight = weight[:, :, None, None] if weight.ndim == 2 else weight
         tensors = {"weight": weight, "a_step": a_step, "scale": scale, "shift": shift}
         for key, value in tensors.items():
             self.register_buffer(key, value.detach().clone())
-        self.q_min, self.q_max = integer_range(self.a_bits, self.signed)
         self.row_sum = float(weight.flatten(1).cpu().double().abs().sum(1).max())
         largest_sum = max(-self.q_min, self.q_max) * self.row_sum
         self.sum_type = torch.float32 if largest_sum < 2**24 else torch.float64
@@ -321,11 +317,14 @@ class IntegerLayer(nn.Module):
     def freeze(self) -> "IntegerLayer":
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *fused) -> Tensor:
         if x.ndim == 2:
-            return self.forward(x[:, :, None, None]).flatten(1)
-        if not self.reads_kernel:
+            return self.forward(x[:, :, None, None], *fused).flatten(1)
+        if not self.reads_kernel and x.is_floating_point():
             check_input(self.name, x)
+        return self.compute(x, *fused)
+
+    def compute(self, x: Tensor) -> Tensor:
         q = quantize(x, self.a_step, self.q_min, self.q_max)
         scale, shift = self.scale[:, None, None], self.shift[:, None, None]
         return torch.addcmul(shift, self.accumulate(q), scale)
@@ -369,12 +368,12 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
     nothing else has weights, and 32 bits compute what the float network did: ValueError,
     with the layer's name, and the network stays as it was."""
     for name, module in classifier.named_modules():
-        check_weights(name, module)
-    parameter = next(classifier.parameters())
-    require(parameter.dtype == torch.float32, f"the network is in {parameter.dtype}")
-    first = next(module for module in classifier.modules() if isinstance(module, LAYERS))
-    channels = getattr(first, "in_channels", 3)
-    probe = torch.rand(2, channels, image_size, image_size, device=parameter.device)
+        title = f"layer {name}, {type(module).__name__},"
+        require(is_plain(module), f"{title} has its own forward, padding or weights")
+    first = next(m for m in classifier.modules() if isinstance(m, LAYERS))
+    channels, weight = getattr(first, "in_channels", 3), first.weight
+    require(weight.dtype == torch.float32, f"the network is in {weight.dtype}")
+    probe = torch.rand(2, channels, image_size, image_size, device=weight.device)
     expected, layers = trace(copy.deepcopy(classifier).eval(), probe)
     without_norms = [(row, in_shape, None) for row, in_shape, _ in layers]
     for layers in (layers, without_norms):
@@ -386,35 +385,27 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
     raise ValueError("with QuantLayers the network computes something else: hooks?")
 
 
-def check_weights(name: str, module: nn.Module) -> None:
-    """Raises ValueError for weights that no QuantLayer stands for."""
-    title = f"layer {name}, {type(module).__name__},"
-    if isinstance(module, LAYERS):
-        plain = "weight" in module._parameters
-        plain &= type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
-        plain &= getattr(module, "padding_mode", "zeros") == "zeros"
-        require(plain, f"{title} has its own forward, padding or weight")
-    else:
-        vectors = all(p.numel() <= max(p.shape, default=1) for p in module.parameters(False))
-        require(vectors, f"{title} has weights that are not Conv2d's or Linear's")
+def is_plain(module: nn.Module) -> bool:
+    """Whether QuantLayers stand for all weights of its own but vectors."""
+    if not isinstance(module, LAYERS):
+        return all(p.numel() <= max(p.shape, default=1) for p in module.parameters(False))
+    usual = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
+    zeros = getattr(module, "padding_mode", "zeros") == "zeros"
+    return usual and zeros and "weight" in module._parameters
 
 
 def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
     """The logits of a probe; each layer's row, input shape and BatchNorm."""
     body = body_of(classifier)
     names = {module: name for name, module in body.named_modules()}
-    layers, outputs, norms = [], [], {}
+    layers, norms = {}, {}  # by tensors: kept, or an id would be another's
 
     def keep(module, inputs, out):
-        name = names[module]
-        by_position = len(inputs) == 1 and isinstance(inputs[0], Tensor)
-        require(by_position, f"layer {name} is called by keyword or without a tensor")
+        require(inputs, f"layer {names[module]} is called by keyword, not by position")
         if isinstance(module, LAYERS):
-            in_shape = (*inputs[0].shape[1:], 1, 1)[:3]
-            layers.append((layer_row(name, module, inputs[0], out), in_shape))
-            outputs.append(out)
+            layers[out] = layer_row(names[module], module, inputs[0], out)
         elif module.affine and module.track_running_stats:
-            norms[inputs[0]] = name  # by identity; kept, or its id would be another's
+            norms[inputs[0]] = names[module]
 
     for module in names:
         if isinstance(module, LAYERS + NORMS):
@@ -423,27 +414,26 @@ def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
     is_logits = isinstance(logits, Tensor) and logits.ndim == 2 == len(logits)
     require(is_logits, f"the network returns a {type(logits).__name__}, not logits")
     require(logits.isfinite().all(), "logits are not finite: check the network")
-    called = [row.name for row, _ in layers]
+    called = [row.name for row, _ in layers.values()]
     for name, module in body.named_modules(remove_duplicate=False):
-        if isinstance(module, LAYERS):
-            times = called.count(names[module])
-            require(times == 1, f"layer {name} runs {times} times, not once (aux_logits?)")
-            require(name == names[module], f"layer {name} has a second name, {names[module]}")
-    return logits, [(*layer, norms.get(out)) for layer, out in zip(layers, outputs)]
+        times = called.count(name) if isinstance(module, LAYERS) else 1
+        require(times == 1, f"layer {name} runs {times} times by this name (aux_logits?)")
+    return logits, [(*layer, norms.get(out)) for out, layer in layers.items()]
 
 
-def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> Layer:
-    """The row of a layer that made out of x."""
-    batch = x.ndim == (2 if isinstance(module, nn.Linear) else 4) and len(x) == 2
+def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> tuple[Layer, tuple]:
+    """The row of a layer that made out of x, and its input shape."""
     shape = tuple(x.shape)
+    batch = len(shape) == module.weight.ndim and shape[0] == 2
     require(batch, f"layer {name} is on {shape}, not (B, features) or maps")
-    side = 1, 1, 1  # kernel, stride, map
-    if isinstance(module, nn.Conv2d):
-        side = module.kernel_size[0], module.stride[0], shape[-1]
+    c_in, height, width = in_shape = (*shape[1:], 1, 1)[:3]
+    kernel, *_ = getattr(module, "kernel_size", (1, 1))
+    stride, *_ = getattr(module, "stride", (1, 1))
     weights = module.weight.numel()
     macs = weights * out[0, 0].numel()  # weights times output positions
-    depthwise = getattr(module, "groups", 1) == shape[1] > 1
-    return Layer(name, shape[1], out.shape[1], *side, weights, macs, depthwise)
+    depthwise = getattr(module, "groups", 1) == c_in > 1
+    sizes = kernel, stride, width, weights, macs
+    return Layer(name, c_in, out.shape[1], *sizes, depthwise), in_shape
 
 
 def replace_layers(classifier: nn.Module, layers: list[tuple], quantizer) -> None:
@@ -548,15 +538,14 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
     From the last layer back, each visit takes one bit from the input, then one from the
     weights, until it fits; the first and last keep theirs. ValueError: none fits."""
     policy = {name: list(bits) for name, bits in policy.items()}
+    visits = [(row.name, operand) for row in reversed(table[1:-1]) for operand in (1, 0)]
     while (ratio := bitops_ratio(table, policy)) > budget:
-        before = copy.deepcopy(policy)
-        for layer in reversed(table[1:-1]):
-            for operand in (1, 0):  # input, weights
-                over = bitops_ratio(table, policy) > budget
-                if over and policy[layer.name][operand] > MIN_BITS:
-                    policy[layer.name][operand] -= 1
+        wide = [(name, operand) for name, operand in visits if policy[name][operand] > MIN_BITS]
         least = f"2 bits, first and last layer 8, cost {ratio:.6f} of the floats"
-        require(policy != before, f"--budget {budget:g} is too low: {least}")
+        require(wide, f"--budget {budget:g} is too low: {least}")
+        for name, operand in wide:
+            if bitops_ratio(table, policy) > budget:
+                policy[name][operand] -= 1
     return policy
 
 
@@ -570,8 +559,6 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
     ties; `network.backend` names them. Layers of 32 bits stay. Errors name the layer:
     ValueError for inexact sums and, when it runs, inputs that are not finite;
     FloatingPointError for such weights."""
-    frozen = any(type(m) is Int8Layer for m in classifier.modules())
-    require(not frozen, "integer_network made this network")
     network, used = copy.deepcopy(classifier), set()
     for name, layer in quant_layers(network).items():
         if layer.w_bits == FLOAT_BITS:
@@ -586,9 +573,9 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
         body_of(network).set_submodule(name, BACKENDS[backend](layer))
         used.add(backend)
     types = {type(module) for module in body_of(network).modules()}
-    if types <= FINITE and not is_hooked(network):
-        for layer in list(quant_layers(network).values())[1:]:
-            layer.reads_kernel = True
+    finite = types <= FINITE and not is_hooked(network)
+    for layer in list(quant_layers(network).values())[1:]:
+        layer.reads_kernel = finite
     network.backend = "+".join(sorted(used, reverse=True)) or "float"
     fuse_blocks(network.eval())
     return network.eval()
@@ -598,12 +585,11 @@ def has_exact_sums(layer: IntegerLayer, backend: str, batch: int) -> bool:
     """Whether random and largest inputs (saturated without VNNI) add up exactly."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(layer.q_min, layer.q_max + 1, (2, *layer.in_shape), generator=generator)
-    half = (layer.in_shape[1] + 1) // 2
-    q[1, :, half:] = layer.q_min
-    q[1, :, :half] = layer.q_max
+    q[1] = layer.q_min
+    q[1, :, : (layer.in_shape[1] + 1) // 2] = layer.q_max
     exact = F.conv2d(q.double(), layer.weight.cpu().double(), **layer.conv).float()
-    device, copies = layer.weight.device, (max(1, batch // 2), 1, 1, 1)
-    many = q.float().to(device).repeat(copies).contiguous(memory_format=torch.channels_last)
+    copies, device = (max(1, batch // 2), 1, 1, 1), layer.weight.device
+    many = q.float().repeat(copies).to(device, memory_format=torch.channels_last)
     try:
         sums = BACKENDS[backend](layer).accumulate(many)
     except (RuntimeError, ValueError, TypeError, AttributeError):  # not on this device
@@ -649,8 +635,8 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
     missing = {"arch", "image_size", "sigma", "dataset", "classes"} - description.keys()
     require(len(missing) == 0, f"the description lacks {sorted(missing)}")
     arch, given = description["arch"], type(classifier).__name__
-    require(arch in NETWORKS, f"NETWORKS has no {arch!r}: nothing could load it")
-    require(isinstance(classifier, Classifier), f"cannot pack {given} without its net")
+    known = arch in NETWORKS and isinstance(classifier, Classifier)
+    require(known, f"{given} of {arch!r}: only a Classifier of NETWORKS can be loaded")
     require(len(description["classes"]) == table[-1].c_out, "more or fewer classes")
     frozen = [quant_layers(classifier)[row.name].freeze() for row in table]
     norms = float_tensors(classifier, table)
@@ -670,11 +656,10 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
     return data + hashlib.sha256(data).digest()
 
 
-def read_packed(path) -> tuple[dict, bytes] | None:
-    """Header and tensors of a packed file; None for others; ValueError: broken."""
+def read_packed(path) -> tuple[dict, bytes]:
+    """Header and tensors of a packed file. ValueError: another file, or a broken one."""
     data = Path(path).read_bytes()
-    if data[:4] != MAGIC:
-        return None
+    require(data[:4] == MAGIC, f"{path}: no packed network")
     version, length = struct.unpack_from("<HI", data.ljust(10, b"\0"), 4)
     whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
     require(version <= VERSION, f"{path} is of version {version}, not {VERSION}; update this")
@@ -684,21 +669,20 @@ def read_packed(path) -> tuple[dict, bytes] | None:
 
 def load_model(path) -> tuple[Classifier, list[Layer], dict]:
     """What pack_model saved: frozen classifier, table, description. ValueError: broken."""
-    saved, data = read_packed(path) or (None, None)
-    require(saved, f"{path}: not a network saved by this program")
+    saved, data = read_packed(path)
     numbers = len(saved["classes"]), saved["mean"], saved["std"]
     classifier = build_classifier(saved["arch"], *numbers)
     table = quantize_model(classifier, saved["image_size"])
-    rows = zip(table, saved["policy"], saved["signed"], strict=True)
-    for row, (w_bits, a_bits), signed in rows:
-        layer = quant_layers(classifier)[row.name]
-        size, count = math.ceil(row.weights * w_bits / 8), 1 + 2 * row.c_out
-        weight = unpack_bits(data[:size], row.weights, w_bits)
-        weight = weight.view(*layer.weight.shape[:2], row.kernel, -1)
+    layers = quant_layers(classifier)
+    for row, bits, signed in zip(table, saved["policy"], saved["signed"], strict=True):
+        layer, count = layers[row.name], 1 + 2 * row.c_out
+        layer.w_bits, layer.a_bits = bits
+        layer.input_quantizer.signed.fill_(signed)
+        size = math.ceil(row.weights * layer.w_bits / 8)
+        weight = unpack_bits(data[:size], row.weights, layer.w_bits).view_as(layer.weight)
         floats = torch.frombuffer(bytearray(data[size:]), dtype=torch.float32, count=count)
-        scale, shift = floats[1:].split(row.c_out)
-        operands = (w_bits, weight, scale), (a_bits, bool(signed), floats[0])
-        classifier.net.set_submodule(row.name, IntegerLayer(layer, *operands, shift))
+        scaling = floats[0], *floats[1:].split(row.c_out)
+        classifier.net.set_submodule(row.name, IntegerLayer(layer, weight, *scaling))
         data = data[size + 4 * count :]
     norms = {name: torch.tensor(value) for name, value in saved.get("float", {}).items()}
     differ = sorted(norms.keys() ^ float_tensors(classifier, table).keys())
@@ -716,12 +700,9 @@ warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 class Int8Layer(IntegerLayer):
     """The same on oneDNN, from floats or uint8, to floats or a reader's uint8."""
 
-    backend = "int8"
-
     def __init__(self, layer: IntegerLayer):
         nn.Module.__init__(self)
         vars(self).update(vars(layer))  # the same tensors and numbers
-        require(self.weight.device.type == "cpu", "int8 layers run on CPUs")
         largest_sum = (self.q_max - self.q_min) * self.row_sum  # with the zero point
         require(largest_sum < 2**31, "int8 layers add up in 32 bits")
         places = [list(self.conv[key]) for key in ("stride", "padding", "dilation")]
@@ -731,15 +712,9 @@ class Int8Layer(IntegerLayer):
         prepack = torch.ops.onednn.qconv_prepack
         self.packed = prepack(self.weight, self.ones, 1.0, -self.q_min, *self.settings)
 
-    def forward(self, x: Tensor, relu="none", reader=None, residual=None) -> Tensor:
+    def compute(self, x: Tensor, relu="none", reader=None, residual=None) -> Tensor:
         """In a FusedBlock a residual is added, and overwritten; a reader gets integers."""
-        if x.ndim == 2:
-            return self.forward(x[:, :, None, None]).flatten(1)
-        q = x
-        if x.dtype != torch.uint8:
-            if not self.reads_kernel:
-                check_input(self.name, x)
-            q = self._to_uint8(x, self.step)
+        q = x if x.dtype == torch.uint8 else self._to_uint8(x, self.step)
         if reader is None:
             return self._convolve(q, self.scale, self.shift, relu, torch.float32, residual)
         epilogue = self.scale / reader.a_step, self.shift / reader.a_step
@@ -765,15 +740,15 @@ class Int8Layer(IntegerLayer):
         return op.binary(*operands, residual, *results, 1.0, 0, "sum", 1.0, relu, [], "")
 
     def __reduce_ex__(self, protocol):
-        raise ValueError("int8 layers are not pickled: pack_model saves them")
+        raise ValueError("integer_network made this for here: pack_model saves it")
 
 
 BACKENDS = {"int8": Int8Layer, "float32": IntegerLayer.freeze}
 # Of these modules, only the first layer can read what is not finite.
 FINITE = {Int8Layer, IntegerLayer, CifarResNet, BasicBlock, nn.Sequential, nn.Identity}
 FINITE |= {nn.ReLU, nn.ReLU6, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Dropout}
-FINITE |= {resnet.ResNet, resnet.Bottleneck, mobilenetv2.MobileNetV2}
-FINITE |= {mobilenetv2.InvertedResidual, torchvision.ops.Conv2dNormActivation}
+FINITE |= {ResNet, Bottleneck, MobileNetV2, InvertedResidual}
+FINITE |= {torchvision.ops.Conv2dNormActivation}
 
 
 class FusedBlock(BasicBlock):
@@ -806,15 +781,15 @@ def fuse_blocks(network: nn.Module) -> None:
     body, known = body_of(network), {Int8Layer, nn.Identity, nn.ReLU, nn.Sequential}
     if type(body) is not CifarResNet or is_hooked(body):
         return
-    parts = [m for m in body.modules() if type(m) in (CifarResNet, BasicBlock)]
+    fused = {BasicBlock: FusedBlock, CifarResNet: FusedResNet}
+    parts = [part for part in body.modules() if type(part) in fused]
     parts = [part for part in parts if {type(m) for m in part.children()} <= known]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(8, *body.conv1.in_shape, generator=generator)
-    x = (x + 0.25 * torch.randn(x.shape, generator=generator)).to(body.fc.weight.device)
-    expected, classes = network(x), [type(part) for part in parts]
+    x = torch.rand(8, *body.conv1.in_shape, generator=torch.Generator().manual_seed(0))
+    x = (2 * x - 0.5).to(body.fc.weight.device)
+    expected = network(x)
     for part in parts:
-        part.__class__ = FusedBlock if isinstance(part, BasicBlock) else FusedResNet
+        part.__class__ = fused[type(part)]
     changed = (network(x) - expected).abs().amax(1) > 1e-4 * expected.abs().max()
     if changed.float().mean() >= 0.5:
-        for part, usual in zip(parts, classes):
-            part.__class__ = usual
+        for part in parts:
+            part.__class__ = type(part).__base__

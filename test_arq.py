@@ -1005,7 +1005,7 @@ REFUSED = {
     "layer extra is called by keyword": With(POINT, lambda extra, x: extra(input=x)),
     "layer extra runs 2 times": With(POINT, lambda extra, x: extra(extra(x))),
     "layer extra runs 0 times.*aux_logits": With(POINT, lambda extra, x: x),
-    "layer extra.1 has a second name, extra.0": With(
+    "layer extra.1 runs 0 times by this name": With(
         nn.Sequential(POINT, POINT), lambda e, x: e[0](x)
     ),
     "returns a dict": With(nn.Identity(), lambda extra, x: {"out": x}),
@@ -1167,12 +1167,12 @@ def test_nothing_is_packed_that_could_not_be_loaded_again(tmp_path, monkeypatch)
         rest = {key: value for key, value in DESCRIPTION.items() if key != name}
         with pytest.raises(ValueError, match=name):
             models.pack_model(classifier, table, rest)
-    for wrong, words in (({"classes": [1]}, "fewer classes"), ({"arch": "mine"}, "no 'mine'")):
+    for wrong, words in (({"classes": [1]}, "fewer classes"), ({"arch": "mine"}, "of 'mine'")):
         with pytest.raises(ValueError, match=words):
             models.pack_model(classifier, table, DESCRIPTION | wrong)
     with pytest.raises(ValueError, match="32 bits"):
         models.pack_model(*quantized(bits=32)[:2], DESCRIPTION)
-    with pytest.raises(ValueError, match="CifarResNet without its net"):
+    with pytest.raises(ValueError, match="CifarResNet of 'resnet8': only a Classifier"):
         models.pack_model(classifier.net, table, DESCRIPTION)
     lost = {"extra": torch.ones(1)}
     monkeypatch.setattr(models, "float_tensors", lambda *network: lost)
@@ -1864,13 +1864,13 @@ def test_files_that_are_no_use_are_refused_in_one_line(tmp_path, monkeypatch, ca
     Path("wide.json").write_text(json.dumps(models.uniform_policy(table, 8)))
     for wrong, reason in (
         ("--checkpoint empty.pt", "--evaluate takes no --checkpoint"),
-        ("--evaluate wide.json", "no packed network"),
         ("--image-size 16", "omit it"),
         ("--arch resnet20", "omit it"),
         ("--data nowhere", "train/<class>"),  # its own data set is a folder
     ):
         assert fails(f"--evaluate m.arq {wrong}".split(), capsys, wrong.split()[0], reason)
     assert fails("--policy wide.json".split(), capsys, "wide.json", "raise --budget")
+    assert fails("--evaluate wide.json".split(), capsys, "wide.json: no packed network")
 
 
 def test_figures_are_shown_as_they_are_and_never_rounded_up():
