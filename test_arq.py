@@ -589,8 +589,6 @@ class MinMax(models.LSQ):
         return v.abs().amax(1).clamp_min(1e-8) / q_max
 
     def forward(self, v):
-        if self.bits == models.FLOAT_BITS:
-            return v
         return v + (self.integers(v) * self.step_for(v) - v).detach()
 
 
