@@ -1,10 +1,10 @@
 """Networks, the quantizer, and what a bit-width policy costs.
 
-    table = quantize_model(classifier, image_size)     # layers become QuantLayers
-    calibrate(classifier, batches)                     # step sizes for every bit-width
-    set_policy(classifier, uniform_policy(table, 4))   # at any time; then train
-    network = integer_network(classifier)              # what is certified
-    data = pack_model(classifier, table, description)  # the same integers as a file
+    table = quantize_model(classifier, image_size)    # layers become QuantLayers
+    calibrate(classifier, batches)                    # step sizes for every bit-width
+    set_policy(classifier, uniform_policy(table, 4))  # at any time; then train
+    network = integer_network(classifier)             # what is certified
+    data = pack_model(classifier, table, about)       # the same integers as a file
 
     paper       here            shape, meaning
     P           policy          {layer: [b_w, b_a]}
@@ -94,7 +94,7 @@ class Classifier(nn.Module):
         return self.net((x - self.mean) / self.std)
 
 
-# Another network is another line: a constructor with num_classes, its normalisation.
+# Another network is one line: a constructor with num_classes, its normalisation.
 NETWORKS = {
     "resnet18": (torchvision.models.resnet18, IMAGENET),
     "resnet50": (torchvision.models.resnet50, IMAGENET),
@@ -148,7 +148,7 @@ def quantize(v: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
 
 
 class FakeQuantize(torch.autograd.Function):
-    """step * round(clip(v / step)) with LSQ's gradients (Esser et al., section 2.1).
+    """step * round(clip(v / step)) with LSQ's gradients (Esser et al., 2.1).
 
     For v: 1 inside the clip range, else 0. For the step: q - v/step inside, q outside,
     over Q^2 sqrt(N), with N elements per step (of one sample); LSQ has sqrt(N Q)."""
@@ -212,7 +212,7 @@ class LSQ(nn.Module):
             self.initial_steps[bits] = self.initial_step(v, *bounds).view(self.step.shape)
 
     def set_bits(self, bits: int) -> None:
-        """Change the bit-width; start at its initial step, of `calibrate`."""
+        """Change the bit-width; start at its initial step."""
         require(self.initial_steps[bits].all(), "calibrate before set_policy")
         self.bits = bits
         self.q_min, self.q_max = integer_range(bits, bool(self.signed), self.is_weight)
@@ -248,7 +248,7 @@ class QuantLayer(nn.Module):
     """A layer and its BatchNorm, with quantized weights and input. Of 32 bits it is
     the float layer; fewer are simulated, BatchNorm in float."""
 
-    def __init__(self, name: str, layer, norm: nn.Module, in_shape: tuple, quantizer):
+    def __init__(self, name: str, layer, norm, in_shape: tuple, quantizer):
         super().__init__()
         self.name, self.in_shape = name, in_shape
         self.weight, self.bias, self.norm = layer.weight, layer.bias, norm
@@ -304,9 +304,9 @@ class IntegerLayer(nn.Module):
         tensors = {"weight": weight, "a_step": a_step, "scale": scale, "shift": shift}
         for key, value in tensors.items():
             self.register_buffer(key, value.detach().clone())
-        self.row_sum = float(weight.cpu().double().abs().sum((1, 2, 3)).max())
-        largest_sum = max(-self.q_min, self.q_max) * self.row_sum
-        self.sum_type = torch.float32 if largest_sum < 2**24 else torch.float64
+        largest = float(weight.cpu().double().abs().sum((1, 2, 3)).max())
+        self.largest_sum = largest * (self.q_max - self.q_min)  # with int8's zero point
+        self.sum_type = torch.float32 if self.largest_sum < 2**24 else torch.float64
 
     def freeze(self) -> "IntegerLayer":
         return self
@@ -355,7 +355,7 @@ def body_of(classifier: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> list[Layer]:
-    """Put a QuantLayer for each convolution and linear layer, with the BatchNorm it feeds.
+    """Put QuantLayers for convolutions and linear layers, with BatchNorms they feed.
 
     All start at 32 bits; other BatchNorms stay float. quantizer: a class as LSQ.
     Returns the layer table, by a pass of random square images. ValueError, with the name
@@ -376,7 +376,7 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
         if torch.equal(trial(probe), expected):
             replace_layers(classifier, layers, quantizer)
             return [row for row, *_ in layers]
-    raise ValueError("with QuantLayers the network computes something else: hooks?")
+    raise ValueError("with QuantLayers the network computes otherwise: hooks?")
 
 
 def is_plain(module: nn.Module) -> bool:
@@ -393,7 +393,7 @@ def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
     body, layers, norms = body_of(classifier), {}, {}  # by tensors, kept alive
 
     def keep(name, module, inputs, out):
-        require(inputs, f"layer {name} is called by keyword, not by position")
+        require(inputs, f"layer {name} is called by keyword")
         if isinstance(module, LAYERS):
             in_shape = (*inputs[0].shape[1:], 1, 1)[:3]
             layers[out] = layer_row(name, module, inputs[0], out), in_shape
@@ -428,7 +428,7 @@ def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> Layer:
 
 
 def replace_layers(classifier: nn.Module, layers: list[tuple], quantizer) -> None:
-    """Put QuantLayers in place, of the same mode and device."""
+    """Put QuantLayers in place, in the same mode."""
     body = body_of(classifier)
     for row, in_shape, norm_name in layers:
         layer, norm = body.get_submodule(row.name), nn.Identity()
@@ -441,9 +441,9 @@ def replace_layers(classifier: nn.Module, layers: list[tuple], quantizer) -> Non
 
 
 def quant_layers(classifier: nn.Module, of_type=None) -> dict[str, nn.Module]:
-    """The QuantLayers, or what they were frozen to, by name. ValueError: others."""
+    """QuantLayers, or what they were frozen to, by name. ValueError: others."""
     modules = body_of(classifier).named_modules()
-    layers = {name: m for name, m in modules if isinstance(m, (QuantLayer, IntegerLayer))}
+    layers = {name: m for name, m in modules if isinstance(m, QuantLayer | IntegerLayer)}
     as_asked = of_type is None or {type(m) for m in layers.values()} == {of_type}
     require(as_asked, "no layers of quantize_model, or frozen to integers")
     return layers
@@ -505,7 +505,7 @@ def calibrate(classifier: nn.Module, batches, values: int = 65536) -> None:
 
 
 def bitops_ratio(table: list[Layer], policy: Policy) -> float:
-    """BitOPs(P) / BitOPs(FP32), where BitOPs(P) = sum of MACs * w_bits * a_bits."""
+    """The sum of MACs * w_bits * a_bits, over that of 32-bit floats."""
     bitops = sum(layer.macs * math.prod(policy[layer.name]) for layer in table)
     return bitops / sum(layer.macs * FLOAT_BITS**2 for layer in table)
 
@@ -522,7 +522,7 @@ def uniform_policy(table: list[Layer], bits: int, first_last_bits=FIRST_LAST_BIT
 
 
 def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
-    """The policy, forced under a fraction of the float BitOPs (HAQ, section 3.3).
+    """The policy, forced under a fraction of the float BitOPs (HAQ, 3.3).
 
     From the last layer back, each visit takes a bit from the input, then from the weights,
     until it fits; first and last keep theirs. ValueError: none fits."""
@@ -591,7 +591,7 @@ MAGIC, VERSION = b"ARQ\n", 2
 
 def pack_bits(values: Tensor, bits: int) -> bytes:
     """Symmetric integers, shifted to start at 0, lowest bit first."""
-    shifted = values.flatten().cpu().to(torch.int16) + (2 ** (bits - 1) - 1)
+    shifted = values.flatten().cpu().short() + (2 ** (bits - 1) - 1)
     planes = (shifted[:, None] >> torch.arange(bits, dtype=torch.int16)) & 1
     octets = F.pad(planes.flatten(), (0, -planes.numel() % 8)).view(-1, 8)
     packed = (octets << torch.arange(8, dtype=torch.int16)).sum(1)
@@ -600,7 +600,7 @@ def pack_bits(values: Tensor, bits: int) -> bytes:
 
 def unpack_bits(data: bytes, count: int, bits: int) -> Tensor:
     """What pack_bits packed: int8 (count,)."""
-    octets = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(torch.int16)
+    octets = torch.frombuffer(bytearray(data), dtype=torch.uint8).short()
     planes = ((octets[:, None] >> torch.arange(8, dtype=torch.int16)) & 1).flatten()
     planes = planes[: count * bits].view(count, bits)
     shifted = (planes << torch.arange(bits, dtype=torch.int16)).sum(1)
@@ -608,7 +608,7 @@ def unpack_bits(data: bytes, count: int, bits: int) -> Tensor:
 
 
 def float_tensors(classifier: Classifier, table: list[Layer]) -> dict[str, Tensor]:
-    """What is packed besides the layers: BatchNorms of their own."""
+    """What is packed beside the layers: BatchNorms of their own."""
     inside = tuple(f"{row.name}." for row in table)
     state = classifier.net.state_dict().items()
     return {name: value for name, value in state if not name.startswith(inside)}
@@ -652,7 +652,7 @@ def read_packed(path) -> tuple[dict, bytes]:
     version, length = struct.unpack_from("<HI", data.ljust(10, b"\0"), 4)
     whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
     require(version <= VERSION, f"{path} is of version {version}: update this program")
-    require(whole, f"{path} is truncated or altered: its checksum is wrong; copy it")
+    require(whole, f"{path} is truncated or altered: copy it again")
     return json.loads(data[10 : 10 + length]), data[10 + length : -32]
 
 
@@ -693,8 +693,7 @@ class Int8Layer(IntegerLayer):
     def __init__(self, layer: IntegerLayer):
         nn.Module.__init__(self)
         vars(self).update(vars(layer))  # the same tensors and numbers
-        largest_sum = (self.q_max - self.q_min) * self.row_sum  # with the zero point
-        require(largest_sum < 2**31, "int8 layers add up in 32 bits")
+        require(self.largest_sum < 2**31, "int8 layers add up in 32 bits")
         *places, groups = self.conv.values()
         self.settings = *map(list, places), groups
         self.step, self.ones = float(self.a_step), torch.ones(len(self.weight))
@@ -774,7 +773,7 @@ def fuse_blocks(network: nn.Module) -> None:
     parts = [part for part in body.modules() if type(part) in fused]
     parts = [part for part in parts if {type(m) for m in part.children()} <= known]
     x = torch.rand(8, *body.conv1.in_shape, generator=torch.Generator().manual_seed(0))
-    x = (2 * x - 0.5).to(body.fc.weight.device)  # as wide as noisy images
+    x = (2 * x - 0.5).to(body.fc.weight.device)  # as noisy images
     expected = network(x)
     for part in parts:
         part.__class__ = fused[type(part)]
