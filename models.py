@@ -12,7 +12,7 @@
     s           step            step size: (c_out,) of weights, () of an input
     q           integers        round(v / s), clipped to [q_min, q_max]
     Q           q_max           the largest integer of an operand
-    MACs        macs            multiplications of a layer for one image
+    MACs        macs            multiplications for one image
     BitOPs(P)   bitops_ratio    sum of MACs * b_w * b_a, over that of 32-bit floats
     size(P)     size_bytes      sum of weights * b_w, in bytes
 
@@ -127,7 +127,7 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
             for theirs, ours in (("linear.", "fc."), (".shortcut.", ".downsample.")):
                 state = {name.replace(theirs, ours): state[name] for name in state}
         target.load_state_dict(state)
-    except Exception as error:  # of many kinds, for files of many kinds
+    except Exception as error:  # of many kinds, as files are
         reason = " ".join(str(error).partition("\x1b")[0].split())[:200] or "it is empty"
         message = f"{path} is no state dict of {arch} with {num_classes} classes"
         raise ValueError(f"{message}; give its --dataset and --arch ({reason})") from None
@@ -530,8 +530,7 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
     operands = [(policy[row.name], i) for row in reversed(table[1:-1]) for i in (1, 0)]
     while (ratio := bitops_ratio(table, policy)) > budget:
         wide = [(bits, i) for bits, i in operands if bits[i] > MIN_BITS]
-        least = f"2 bits, first and last layer 8, cost {ratio:.6f} of the floats"
-        require(wide, f"--budget {budget:g} is too low: {least}")
+        require(wide, f"--budget {budget:g} is too low: the least is {ratio:.6f}")
         for bits, i in wide:
             if bitops_ratio(table, policy) > budget:
                 bits[i] -= 1
@@ -675,8 +674,7 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
         data = data[size + 4 * count :]
     norms = {name: torch.tensor(value) for name, value in saved.get("float", {}).items()}
     differ = sorted(norms.keys() ^ float_tensors(classifier, table).keys())
-    complete = len(differ) == 0 and len(data) == 0
-    require(complete, f"{path} lacks or adds tensors: {differ[:3]}")
+    require(not differ and not data, f"{path} lacks or adds tensors: {differ[:3]}")
     classifier.net.load_state_dict(norms, strict=False)  # the layers have theirs
     saved["policy"] = {row.name: bits for row, bits in zip(table, saved["policy"])}
     return classifier.eval(), table, saved
