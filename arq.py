@@ -658,7 +658,7 @@ def parse_config(argv=None) -> Config:
     given = vars(parser.parse_args(argv))
 
     if "evaluate" in given:
-        _, _, saved = models.load_model(given["evaluate"])
+        saved, _ = models.read_packed(given["evaluate"])
         for name in given.keys() & {"arch", "image_size", "checkpoint", "policy"}:
             other = f"--evaluate takes no {flag(name)} {given[name]}; omit it"
             require(given[name] == saved.get(name), other)

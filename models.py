@@ -1,10 +1,10 @@
 """Networks, the quantizer, and what a bit-width policy costs.
 
-    table = quantize_model(classifier, image_size)     # layers become QuantLayers
-    calibrate(classifier, batches)                     # step sizes for every bit-width
-    set_policy(classifier, uniform_policy(table, 4))   # at any time; then train
-    network = integer_network(classifier)              # what is evaluated and certified
-    data = pack_model(classifier, table, description)  # the same integers as a file
+    table = quantize_model(classifier, image_size)    # layers become QuantLayers
+    calibrate(classifier, batches)                    # step sizes for every bit-width
+    set_policy(classifier, uniform_policy(table, 4))  # at any time; then train
+    network = integer_network(classifier)             # what is certified
+    data = pack_model(classifier, table, about)       # the same integers as a file
 
     paper       here            shape, meaning
     P           policy          {layer: [b_w, b_a]}
@@ -12,7 +12,7 @@
     s           step            step size: (c_out,) of weights, () of an input
     q           integers        round(v / s), clipped to [q_min, q_max]
     Q           q_max           the largest integer of an operand
-    MACs        macs            multiplications of a layer for one image
+    MACs        macs            multiplications for one image
     BitOPs(P)   bitops_ratio    sum of MACs * b_w * b_a, over that of 32-bit floats
     size(P)     size_bytes      sum of weights * b_w, in bytes
 
@@ -28,7 +28,6 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,11 +35,10 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import mobilenetv2, resnet
-from torchvision.models.resnet import BasicBlock
+from torchvision.models.mobilenetv2 import Conv2dNormActivation, InvertedResidual, MobileNetV2
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 MIN_BITS, MAX_BITS, FLOAT_BITS = 2, 8, 32
-LARGEST = 1e30  # of what a layer gives: sums of such values are finite floats
 FIRST_LAST_BITS = 8  # the first and the last layer keep them in every policy
 Policy = dict[str, list[int]]
 
@@ -96,7 +94,7 @@ class Classifier(nn.Module):
         return self.net((x - self.mean) / self.std)
 
 
-# Another network is another line: a constructor with num_classes, its normalisation.
+# Another network is one line: a constructor with num_classes, its normalisation.
 NETWORKS = {
     "resnet18": (torchvision.models.resnet18, IMAGENET),
     "resnet50": (torchvision.models.resnet50, IMAGENET),
@@ -106,19 +104,17 @@ for depth in (8, 20, 32, 44, 56, 110):
     NETWORKS[f"resnet{depth}"] = (functools.partial(CifarResNet, depth), CIFAR10)
 
 
-def build_classifier(arch: str, num_classes: int, mean=None, std=None) -> Classifier:
+def build_classifier(arch: str, num_classes: int, *normalisation) -> Classifier:
     """A float Classifier by name, normalised as usual or by mean and std."""
     require(arch in NETWORKS, f"unknown network {arch!r}, not of {', '.join(NETWORKS)}")
-    constructor, (usual_mean, usual_std) = NETWORKS[arch]
-    net = constructor(num_classes=num_classes)
-    return Classifier(net, mean or usual_mean, std or usual_std)
+    constructor, usual = NETWORKS[arch]
+    return Classifier(constructor(num_classes=num_classes), *(normalisation or usual))
 
 
 def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
     """A float Classifier from a state dict, bare or under state_dict, net or model.
-
-    Of a network's, a common prefix is dropped; `linear` and `shortcut` are renamed.
-    ValueError names missing and unexpected tensors."""
+    Prefixes are dropped, `linear` and `shortcut` renamed. ValueError names tensors
+    that are missing or unexpected."""
     classifier = build_classifier(arch, num_classes)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -131,7 +127,7 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
             for theirs, ours in (("linear.", "fc."), (".shortcut.", ".downsample.")):
                 state = {name.replace(theirs, ours): state[name] for name in state}
         target.load_state_dict(state)
-    except Exception as error:  # of many kinds, for files of many kinds
+    except Exception as error:  # of many kinds, as files are
         reason = " ".join(str(error).partition("\x1b")[0].split())[:200] or "it is empty"
         message = f"{path} is no state dict of {arch} with {num_classes} classes"
         raise ValueError(f"{message}; give its --dataset and --arch ({reason})") from None
@@ -140,7 +136,7 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
 
 # ---- quantizer ----
 def integer_range(bits: int, signed: bool, symmetric: bool = False) -> tuple[int, int]:
-    """[q_min, q_max]: 0..2^b - 1, or -2^(b-1)..2^(b-1) - 1; symmetric: not the lowest."""
+    """[0, 2^b - 1], or [-2^(b-1), 2^(b-1) - 1]; symmetric: without the lowest."""
     q_max = 2 ** (bits - signed) - 1
     q_min = -q_max - 1 + symmetric if signed else 0
     return q_min, q_max
@@ -152,10 +148,10 @@ def quantize(v: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
 
 
 class FakeQuantize(torch.autograd.Function):
-    """step * round(clip(v / step)) with LSQ's gradients (Esser et al., section 2.1).
+    """step * round(clip(v / step)) with LSQ's gradients (Esser et al., 2.1).
 
-    For v: 1 inside the clip range, else 0. For the step: q - v/step inside and q outside, over
-    Q^2 sqrt(N), with N elements per step (of one sample, for an input); LSQ has sqrt(N Q)."""
+    For v: 1 inside the clip range, else 0. For the step: q - v/step inside, q outside,
+    over Q^2 sqrt(N), with N elements per step (of one sample); LSQ has sqrt(N Q)."""
 
     @staticmethod
     def forward(ctx, v, step, q_min, q_max, elements):
@@ -168,14 +164,15 @@ class FakeQuantize(torch.autograd.Function):
     def backward(ctx, grad):
         v, step = ctx.saved_tensors
         scaled = v / step
-        grad_v = torch.ops.aten.hardtanh_backward(grad, scaled, *ctx.range)  # 0 outside
+        grad_v = torch.ops.aten.hardtanh_backward(grad, scaled, *ctx.range)
         if step.ndim > 0:
             q = torch.round(scaled).clamp_(*ctx.range)
             grad_step = (grad * q - grad_v * scaled).sum_to_size(step.shape)
         else:  # the same as dot products, of memory as it lies: no product is kept
             rows = [x.movedim(1, -1).reshape(-1) for x in (grad, grad_v, scaled)]
             grad, inside, scaled = rows
-            grad_step = -inside.dot(scaled) + grad.dot(scaled.round_().clamp_(*ctx.range))
+            grad_step = -inside.dot(scaled)
+            grad_step += grad.dot(scaled.round_().clamp_(*ctx.range))
         return grad_v, grad_step * ctx.gradient_scale, None, None, None
 
 
@@ -184,26 +181,24 @@ def best_step(v: Tensor, q_min: int, q_max: int) -> Tensor:
     """Step of the least squared error for each row of v (rows, n): (rows,)."""
     largest = v.abs().amax(1, keepdim=True).clamp_min(1e-8)
     shares = torch.linspace(0.15, 1.0, 32).tolist()
-    steps, errors = [share * largest / q_max for share in shares], []
-    for step in steps:
-        error = quantize(v, step, q_min, q_max) * step - v
-        errors.append(error.square_().sum(1, keepdim=True))
-    best = torch.cat(errors, 1).argmin(1, keepdim=True)
-    return torch.cat(steps, 1).gather(1, best).squeeze(1)
+    steps = [share * largest / q_max for share in shares]
+    errors = [(quantize(v, s, q_min, q_max) * s - v).square_().sum(1) for s in steps]
+    best = torch.stack(errors).argmin(0)
+    return torch.cat(steps, 1).gather(1, best[:, None]).squeeze(1)
 
 
 class LSQ(nn.Module):
     """The quantizer of one operand: learned step sizes, simulated bits in training.
 
     channels: of a weight, a step for each, a symmetric range; None: an input, one step.
-    Another quantizer is a subclass: `initial_step`, `forward` and, of weights, `integers`;
-    what is certified is step * integers(v), where inputs are round(v / step), clipped."""
+    Another is a subclass with `initial_step`, `forward` and, of weights, `integers`:
+    step * integers(v) is certified; of inputs, step * round(v / step), clipped."""
 
     initial_step = staticmethod(best_step)  # (v (rows, elements), q_min, q_max) -> (rows,)
 
     def __init__(self, channels: int | None = None):
         super().__init__()
-        self.is_weight, self.bits = channels is not None, FLOAT_BITS
+        self.is_weight = channels is not None
         shape = (channels,) if self.is_weight else ()
         self.register_buffer("signed", torch.tensor(self.is_weight))  # inputs: calibrate
         self.step = nn.Parameter(torch.ones(shape))
@@ -217,17 +212,14 @@ class LSQ(nn.Module):
             self.initial_steps[bits] = self.initial_step(v, *bounds).view(self.step.shape)
 
     def set_bits(self, bits: int) -> None:
-        """Change the bit-width; start at its initial step, of `calibrate`."""
-        if bits != FLOAT_BITS:
-            require(self.initial_steps[bits].all(), "calibrate before set_policy")
-            self.q_min, self.q_max = integer_range(bits, bool(self.signed), self.is_weight)
-            self.step.data.copy_(self.initial_steps[bits])
+        """Change the bit-width; start at its initial step."""
+        require(self.initial_steps[bits].all(), "calibrate before set_policy")
         self.bits = bits
+        self.q_min, self.q_max = integer_range(bits, bool(self.signed), self.is_weight)
+        self.step.data.copy_(self.initial_steps[bits])
 
     def forward(self, v: Tensor) -> Tensor:
         """v (channels or B, ...) as its integers say."""
-        if self.bits == FLOAT_BITS:
-            return v
         step, elements = self.step_for(v), v[0].numel()
         return FakeQuantize.apply(v.float(), step, self.q_min, self.q_max, elements)
 
@@ -247,21 +239,19 @@ AS_CONVOLUTION = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "grou
 
 def check_input(name: str, x: Tensor) -> None:
     """ValueError unless an input is finite, (B, C, H, W) or (B, features)."""
-    if x.ndim not in (2, 4):
-        raise ValueError(f"layer {name}: its input {tuple(x.shape)} has no batch axis")
-    if not x.sum().isfinite():
-        raise ValueError(f"layer {name}: its input is not finite")
+    shape = tuple(x.shape)
+    require(len(shape) in (2, 4), f"layer {name}: its input {shape} has no batch axis")
+    require(x.sum().isfinite(), f"layer {name}: its input is not finite")
 
 
 class QuantLayer(nn.Module):
-    """A convolution or linear layer and its BatchNorm, quantized weights and input.
-    Of 32 bits it is the float layer; fewer are simulated, BatchNorm in float."""
+    """A layer and its BatchNorm, with quantized weights and input. Of 32 bits it is
+    the float layer; fewer are simulated, BatchNorm in float."""
 
-    def __init__(self, name: str, layer, norm: nn.Module, in_shape: tuple, quantizer=LSQ):
+    def __init__(self, name: str, layer, norm, in_shape: tuple, quantizer):
         super().__init__()
         self.name, self.in_shape = name, in_shape
         self.weight, self.bias, self.norm = layer.weight, layer.bias, norm
-        self.is_linear = isinstance(layer, nn.Linear)
         self.conv = {key: getattr(layer, key, one) for key, one in AS_CONVOLUTION.items()}
         self.weight_quantizer = quantizer(len(layer.weight))
         self.input_quantizer = quantizer()
@@ -269,14 +259,16 @@ class QuantLayer(nn.Module):
 
     def set_bits(self, w_bits: int, a_bits: int) -> None:
         """Change the bit-widths; step sizes start anew."""
-        self.weight_quantizer.set_bits(w_bits)
-        self.input_quantizer.set_bits(a_bits)
+        if w_bits != FLOAT_BITS:
+            self.weight_quantizer.set_bits(w_bits)
+            self.input_quantizer.set_bits(a_bits)
         self.w_bits, self.a_bits = w_bits, a_bits
 
     def forward(self, x: Tensor) -> Tensor:
-        w = self.weight_quantizer(self.weight)
-        a = self.input_quantizer(x)
-        if self.is_linear:
+        w, a = self.weight, x
+        if self.w_bits != FLOAT_BITS:
+            w, a = self.weight_quantizer(w), self.input_quantizer(a)
+        if w.ndim == 2:
             return self.norm(F.linear(a, w, self.bias))
         return self.norm(F.conv2d(a, w, self.bias, **self.conv))
 
@@ -284,48 +276,49 @@ class QuantLayer(nn.Module):
     def freeze(self) -> "IntegerLayer":
         """norm(conv(s_a q_a, s_w q_w) + bias) as conv(q_a, q_w) * scale + shift."""
         w, a, norm = self.weight_quantizer, self.input_quantizer, self.norm
-        require(w.bits != FLOAT_BITS, "a layer of 32 bits has no integers")
+        require(self.w_bits != FLOAT_BITS, "a layer of 32 bits has no integers")
         weight = w.integers(self.weight).to(torch.int8)
         scale = w.step * a.step_for(weight)
         shift = torch.zeros_like(scale) if self.bias is None else self.bias
         if not isinstance(norm, nn.Identity):
             gain = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
             scale, shift = scale * gain, (shift - norm.running_mean) * gain + norm.bias
-        operands = (w.bits, weight, scale), (a.bits, bool(a.signed), a.step)
-        return IntegerLayer(self, *operands, shift)
+        return IntegerLayer(self, weight, a.step, scale, shift)
 
 
 class IntegerLayer(nn.Module):
     """A frozen layer in floats: conv(round(x / a_step), weight) * scale + shift.
 
-    weight is int8 (c_out, c_in / groups, h, w), a linear layer's 1x1; a_step (); scale and
-    shift (c_out,). float32 holds integers below 2^24; for larger sums float64 is taken."""
+    weight: int8 (c_out, c_in / groups, h, w); a_step: (); scale, shift: (c_out,).
+    float32 holds integers below 2^24; larger sums are taken in float64."""
 
-    backend = "float32"
     reads_kernel = False  # whether its input is known to be finite
 
-    def __init__(self, layer: QuantLayer, weights: tuple, inputs: tuple, shift: Tensor):
+    def __init__(self, layer: QuantLayer, weight, a_step, scale, shift):
         super().__init__()
         self.name, self.conv, self.in_shape = layer.name, layer.conv, layer.in_shape
-        self.w_bits, weight, scale = weights
-        self.a_bits, self.signed, a_step = inputs
+        self.w_bits, self.a_bits = layer.w_bits, layer.a_bits
+        self.signed = bool(layer.input_quantizer.signed)
+        self.q_min, self.q_max = integer_range(self.a_bits, self.signed)
         weight = weight[:, :, None, None] if weight.ndim == 2 else weight
         tensors = {"weight": weight, "a_step": a_step, "scale": scale, "shift": shift}
         for key, value in tensors.items():
             self.register_buffer(key, value.detach().clone())
-        self.q_min, self.q_max = integer_range(self.a_bits, self.signed)
-        self.row_sum = float(weight.flatten(1).cpu().double().abs().sum(1).max())
-        largest_sum = max(-self.q_min, self.q_max) * self.row_sum
-        self.sum_type = torch.float32 if largest_sum < 2**24 else torch.float64
+        largest = float(weight.cpu().double().abs().sum((1, 2, 3)).max())
+        self.largest_sum = largest * (self.q_max - self.q_min)  # with int8's zero point
+        self.sum_type = torch.float32 if self.largest_sum < 2**24 else torch.float64
 
     def freeze(self) -> "IntegerLayer":
         return self
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *fused) -> Tensor:
         if x.ndim == 2:
-            return self.forward(x[:, :, None, None]).flatten(1)
-        if not self.reads_kernel:
+            return self.forward(x[:, :, None, None], *fused).flatten(1)
+        if not self.reads_kernel and x.is_floating_point():
             check_input(self.name, x)
+        return self.compute(x, *fused)
+
+    def compute(self, x: Tensor) -> Tensor:
         q = quantize(x, self.a_step, self.q_min, self.q_max)
         scale, shift = self.scale[:, None, None], self.shift[:, None, None]
         return torch.addcmul(shift, self.accumulate(q), scale)
@@ -362,19 +355,19 @@ def body_of(classifier: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> list[Layer]:
-    """Put a QuantLayer for each convolution and linear layer, with the BatchNorm it feeds.
+    """Put QuantLayers for convolutions and linear layers, with BatchNorms they feed.
 
     All start at 32 bits; other BatchNorms stay float. quantizer: a class as LSQ.
-    Returns the layer table, by a pass of random square images. Unless each layer runs once,
-    nothing else has weights, and 32 bits compute what the float network did: ValueError,
-    with the layer's name, and the network stays as it was."""
+    Returns the layer table, by a pass of random square images. ValueError, with the name
+    of the layer, and the network as it was, unless each layer runs once, nothing else has
+    weights, and 32 bits compute what the float network did."""
     for name, module in classifier.named_modules():
-        check_weights(name, module)
-    parameter = next(classifier.parameters())
-    require(parameter.dtype == torch.float32, f"the network is in {parameter.dtype}")
-    first = next(module for module in classifier.modules() if isinstance(module, LAYERS))
-    channels = getattr(first, "in_channels", 3)
-    probe = torch.rand(2, channels, image_size, image_size, device=parameter.device)
+        title = f"layer {name}, {type(module).__name__},"
+        require(is_plain(module), f"{title} has its own forward, padding or weights")
+    first = next(m for m in classifier.modules() if isinstance(m, LAYERS))
+    channels, weight = getattr(first, "in_channels", 3), first.weight
+    require(weight.dtype == torch.float32, f"the network is in {weight.dtype}")
+    probe = torch.rand(2, channels, image_size, image_size, device=weight.device)
     expected, layers = trace(copy.deepcopy(classifier).eval(), probe)
     without_norms = [(row, in_shape, None) for row, in_shape, _ in layers]
     for layers in (layers, without_norms):
@@ -383,71 +376,59 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
         if torch.equal(trial(probe), expected):
             replace_layers(classifier, layers, quantizer)
             return [row for row, *_ in layers]
-    raise ValueError("with QuantLayers the network computes something else: hooks?")
+    raise ValueError("with QuantLayers the network computes otherwise: hooks?")
 
 
-def check_weights(name: str, module: nn.Module) -> None:
-    """Raises ValueError for weights that no QuantLayer stands for."""
-    title = f"layer {name}, {type(module).__name__},"
-    if isinstance(module, LAYERS):
-        plain = "weight" in module._parameters
-        plain &= type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
-        plain &= getattr(module, "padding_mode", "zeros") == "zeros"
-        require(plain, f"{title} has its own forward, padding or weight")
-    else:
-        vectors = all(p.numel() <= max(p.shape, default=1) for p in module.parameters(False))
-        require(vectors, f"{title} has weights that are not Conv2d's or Linear's")
+def is_plain(module: nn.Module) -> bool:
+    """Whether QuantLayers stand for all weights of its own but vectors."""
+    if not isinstance(module, LAYERS):
+        return all(p.numel() <= max(p.shape, default=1) for p in module.parameters(False))
+    usual = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
+    zeros = getattr(module, "padding_mode", "zeros") == "zeros"
+    return usual and zeros and "weight" in module._parameters
 
 
 def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
     """The logits of a probe; each layer's row, input shape and BatchNorm."""
-    body = body_of(classifier)
-    names = {module: name for name, module in body.named_modules()}
-    layers, outputs, norms = [], [], {}
+    body, layers, norms = body_of(classifier), {}, {}  # by tensors, kept alive
 
-    def keep(module, inputs, out):
-        name = names[module]
-        by_position = len(inputs) == 1 and isinstance(inputs[0], Tensor)
-        require(by_position, f"layer {name} is called by keyword or without a tensor")
+    def keep(name, module, inputs, out):
+        require(inputs, f"layer {name} is called by keyword")
         if isinstance(module, LAYERS):
             in_shape = (*inputs[0].shape[1:], 1, 1)[:3]
-            layers.append((layer_row(name, module, inputs[0], out), in_shape))
-            outputs.append(out)
+            layers[out] = layer_row(name, module, inputs[0], out), in_shape
         elif module.affine and module.track_running_stats:
-            norms[inputs[0]] = name  # by identity; kept, or its id would be another's
+            norms[inputs[0]] = name
 
-    for module in names:
+    for name, module in body.named_modules():
         if isinstance(module, LAYERS + NORMS):
-            module.register_forward_hook(keep)
+            module.register_forward_hook(functools.partial(keep, name))
     logits = classifier(probe)
     is_logits = isinstance(logits, Tensor) and logits.ndim == 2 == len(logits)
     require(is_logits, f"the network returns a {type(logits).__name__}, not logits")
     require(logits.isfinite().all(), "logits are not finite: check the network")
-    called = [row.name for row, _ in layers]
+    called = [row.name for row, _ in layers.values()]
     for name, module in body.named_modules(remove_duplicate=False):
-        if isinstance(module, LAYERS):
-            times = called.count(names[module])
-            require(times == 1, f"layer {name} runs {times} times, not once (aux_logits?)")
-            require(name == names[module], f"layer {name} has a second name, {names[module]}")
-    return logits, [(*layer, norms.get(out)) for layer, out in zip(layers, outputs)]
+        times = called.count(name) if isinstance(module, LAYERS) else 1
+        require(times == 1, f"layer {name} runs {times} times by this name (aux_logits?)")
+    return logits, [(*layer, norms.get(out)) for out, layer in layers.items()]
 
 
 def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> Layer:
     """The row of a layer that made out of x."""
-    batch = x.ndim == (2 if isinstance(module, nn.Linear) else 4) and len(x) == 2
-    shape = tuple(x.shape)
+    shape, sides = tuple(x.shape), (1, 1, 1)
+    batch = len(shape) == module.weight.ndim and shape[0] == 2
     require(batch, f"layer {name} is on {shape}, not (B, features) or maps")
-    side = 1, 1, 1  # kernel, stride, map
     if isinstance(module, nn.Conv2d):
-        side = module.kernel_size[0], module.stride[0], shape[-1]
+        sides = module.kernel_size[0], module.stride[0], shape[-1]
     weights = module.weight.numel()
     macs = weights * out[0, 0].numel()  # weights times output positions
     depthwise = getattr(module, "groups", 1) == shape[1] > 1
-    return Layer(name, shape[1], out.shape[1], *side, weights, macs, depthwise)
+    return Layer(name, shape[1], out.shape[1], *sides, weights, macs, depthwise)
 
 
 def replace_layers(classifier: nn.Module, layers: list[tuple], quantizer) -> None:
-    """Put QuantLayers in place, of the same mode and device."""
+    """Put QuantLayers in place, in the same mode."""
     body = body_of(classifier)
     for row, in_shape, norm_name in layers:
         layer, norm = body.get_submodule(row.name), nn.Identity()
@@ -459,17 +440,16 @@ def replace_layers(classifier: nn.Module, layers: list[tuple], quantizer) -> Non
         body.set_submodule(row.name, quantized)
 
 
-def quant_layers(classifier: nn.Module, of_type=nn.Module) -> dict[str, nn.Module]:
-    """The QuantLayers, or what they were frozen to, by name. ValueError: others."""
+def quant_layers(classifier: nn.Module, of_type=None) -> dict[str, nn.Module]:
+    """QuantLayers, or what they were frozen to, by name. ValueError: others."""
     modules = body_of(classifier).named_modules()
-    layers = {name: m for name, m in modules if isinstance(m, (QuantLayer, IntegerLayer))}
-    as_asked = {isinstance(layer, of_type) for layer in layers.values()}
-    known = of_type is nn.Module or as_asked == {True}
-    require(known, "no layers of quantize_model, or frozen to integers")
+    layers = {name: m for name, m in modules if isinstance(m, QuantLayer | IntegerLayer)}
+    as_asked = of_type is None or {type(m) for m in layers.values()} == {of_type}
+    require(as_asked, "no layers of quantize_model, or frozen to integers")
     return layers
 
 
-def check_policy(names: Sequence[str], policy: Policy) -> None:
+def check_policy(names, policy: Policy) -> None:
     """ValueError unless the policy gives each layer two possible bit-widths."""
     is_policy = isinstance(policy, dict) and set(policy) == set(names)
     require(is_policy, f"a policy names exactly the layers {list(names)[:3]} ...")
@@ -482,9 +462,8 @@ def check_policy(names: Sequence[str], policy: Policy) -> None:
 
 def set_policy(classifier: nn.Module, policy: Policy) -> None:
     """Set every layer's bit-widths; steps start at the initial ones of `calibrate`.
-
-    Learned steps are loaded last: calibrate, set_policy, load_state_dict. ValueError: as
-    `check_policy`, before `calibrate`, or for a frozen network."""
+    Learned steps are loaded last: calibrate, set_policy, load_state_dict.
+    ValueError: as `check_policy`, before `calibrate`, or for a frozen network."""
     layers = quant_layers(classifier, QuantLayer)
     check_policy(layers, policy)
     for name, bits in policy.items():
@@ -492,11 +471,11 @@ def set_policy(classifier: nn.Module, policy: Policy) -> None:
 
 
 @torch.no_grad()
-def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65536) -> None:
-    """Find initial steps for each width, and which inputs are signed; leaves 32 bits.
+def calibrate(classifier: nn.Module, batches, values: int = 65536) -> None:
+    """Find initial steps for each width, and signed inputs; leaves 32 bits.
 
-    batches: noisy images (B, 3, H, W), split anyhow. Steps have the least squared error on
-    weights and on about `values` inputs of each layer, drawn at random, seeded.
+    batches: noisy images (B, 3, H, W), split anyhow. Steps have the least squared error
+    on weights and on about `values` inputs of each layer, drawn at random, seeded.
     ValueError for inputs that are not finite."""
     layers, images = quant_layers(classifier, QuantLayer).values(), sum(map(len, batches))
     seen = {layer: [] for layer in layers}
@@ -526,7 +505,7 @@ def calibrate(classifier: nn.Module, batches: Sequence[Tensor], values: int = 65
 
 
 def bitops_ratio(table: list[Layer], policy: Policy) -> float:
-    """BitOPs(P) / BitOPs(FP32), where BitOPs(P) = sum of MACs * w_bits * a_bits."""
+    """The sum of MACs * w_bits * a_bits, over that of 32-bit floats."""
     bitops = sum(layer.macs * math.prod(policy[layer.name]) for layer in table)
     return bitops / sum(layer.macs * FLOAT_BITS**2 for layer in table)
 
@@ -543,67 +522,61 @@ def uniform_policy(table: list[Layer], bits: int, first_last_bits=FIRST_LAST_BIT
 
 
 def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
-    """The policy, forced under a fraction of the float BitOPs (HAQ, section 3.3).
+    """The policy, forced under a fraction of the float BitOPs (HAQ, 3.3).
 
-    From the last layer back, each visit takes one bit from the input, then one from the
-    weights, until it fits; the first and last keep theirs. ValueError: none fits."""
+    From the last layer back, each visit takes a bit from the input, then from the weights,
+    until it fits; first and last keep theirs. ValueError: none fits."""
     policy = {name: list(bits) for name, bits in policy.items()}
+    operands = [(policy[row.name], i) for row in reversed(table[1:-1]) for i in (1, 0)]
     while (ratio := bitops_ratio(table, policy)) > budget:
-        before = copy.deepcopy(policy)
-        for layer in reversed(table[1:-1]):
-            for operand in (1, 0):  # input, weights
-                over = bitops_ratio(table, policy) > budget
-                if over and policy[layer.name][operand] > MIN_BITS:
-                    policy[layer.name][operand] -= 1
-        least = f"2 bits, first and last layer 8, cost {ratio:.6f} of the floats"
-        require(policy != before, f"--budget {budget:g} is too low: {least}")
+        wide = [(bits, i) for bits, i in operands if bits[i] > MIN_BITS]
+        require(wide, f"--budget {budget:g} is too low: the least is {ratio:.6f}")
+        for bits, i in wide:
+            if bitops_ratio(table, policy) > budget:
+                bits[i] -= 1
     return policy
 
 
 # ---- the integer network ----
 @torch.no_grad()
 def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "float32")):
-    """The network as it is evaluated and certified: a frozen copy, in evaluation mode.
+    """The network as it is certified: a frozen copy, in evaluation mode.
 
     Each layer runs on the first of `backends` whose sums are exact for it, at batches of
-    `batch`, by which GPUs choose kernels. Backends give the same integers up to rounding
-    ties; `network.backend` names them. Layers of 32 bits stay. Errors name the layer:
-    ValueError for inexact sums and, when it runs, inputs that are not finite;
-    FloatingPointError for such weights."""
-    frozen = any(type(m) is Int8Layer for m in classifier.modules())
-    require(not frozen, "integer_network made this network")
+    `batch`, by which GPUs choose kernels; `network.backend` names them. They differ only
+    at rounding ties. Layers of 32 bits stay. Errors name the layer: ValueError for hooks,
+    inexact sums, inputs that are not finite; FloatingPointError for such weights."""
     network, used = copy.deepcopy(classifier), set()
     for name, layer in quant_layers(network).items():
         if layer.w_bits == FLOAT_BITS:
             continue
         require(not is_hooked(layer), f"layer {name} has hooks")
         layer = layer.freeze()
-        finite = layer.scale.abs() * 2.0**31 + layer.shift.abs() < LARGEST
-        if not finite.all():
+        largest = layer.scale.abs() * 2.0**31 + layer.shift.abs()
+        if not (largest < 1e30).all():  # their sums, too, are finite floats
             raise FloatingPointError(f"layer {name}: weights are not finite")
         backend = next((b for b in backends if has_exact_sums(layer, b, batch)), None)
         require(backend, f"layer {name}: no sums are exact here; use --device cpu")
         body_of(network).set_submodule(name, BACKENDS[backend](layer))
         used.add(backend)
     types = {type(module) for module in body_of(network).modules()}
-    if types <= FINITE and not is_hooked(network):
-        for layer in list(quant_layers(network).values())[1:]:
-            layer.reads_kernel = True
+    known = types <= FINITE and not is_hooked(network)
+    for layer in list(quant_layers(network).values())[1:]:
+        layer.reads_kernel = known
     network.backend = "+".join(sorted(used, reverse=True)) or "float"
     fuse_blocks(network.eval())
-    return network.eval()
+    return network
 
 
 def has_exact_sums(layer: IntegerLayer, backend: str, batch: int) -> bool:
     """Whether random and largest inputs (saturated without VNNI) add up exactly."""
     generator = torch.Generator().manual_seed(0)
     q = torch.randint(layer.q_min, layer.q_max + 1, (2, *layer.in_shape), generator=generator)
-    half = (layer.in_shape[1] + 1) // 2
-    q[1, :, half:] = layer.q_min
-    q[1, :, :half] = layer.q_max
+    q[1] = layer.q_min
+    q[1, :, : (layer.in_shape[1] + 1) // 2] = layer.q_max
     exact = F.conv2d(q.double(), layer.weight.cpu().double(), **layer.conv).float()
-    device, copies = layer.weight.device, (max(1, batch // 2), 1, 1, 1)
-    many = q.float().to(device).repeat(copies).contiguous(memory_format=torch.channels_last)
+    copies, device = (max(1, batch // 2), 1, 1, 1), layer.weight.device
+    many = q.float().repeat(copies).to(device, memory_format=torch.channels_last)
     try:
         sums = BACKENDS[backend](layer).accumulate(many)
     except (RuntimeError, ValueError, TypeError, AttributeError):  # not on this device
@@ -617,7 +590,7 @@ MAGIC, VERSION = b"ARQ\n", 2
 
 def pack_bits(values: Tensor, bits: int) -> bytes:
     """Symmetric integers, shifted to start at 0, lowest bit first."""
-    shifted = values.flatten().cpu().to(torch.int16) + (2 ** (bits - 1) - 1)
+    shifted = values.flatten().cpu().short() + (2 ** (bits - 1) - 1)
     planes = (shifted[:, None] >> torch.arange(bits, dtype=torch.int16)) & 1
     octets = F.pad(planes.flatten(), (0, -planes.numel() % 8)).view(-1, 8)
     packed = (octets << torch.arange(8, dtype=torch.int16)).sum(1)
@@ -626,7 +599,7 @@ def pack_bits(values: Tensor, bits: int) -> bytes:
 
 def unpack_bits(data: bytes, count: int, bits: int) -> Tensor:
     """What pack_bits packed: int8 (count,)."""
-    octets = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(torch.int16)
+    octets = torch.frombuffer(bytearray(data), dtype=torch.uint8).short()
     planes = ((octets[:, None] >> torch.arange(8, dtype=torch.int16)) & 1).flatten()
     planes = planes[: count * bits].view(count, bits)
     shifted = (planes << torch.arange(bits, dtype=torch.int16)).sum(1)
@@ -634,23 +607,24 @@ def unpack_bits(data: bytes, count: int, bits: int) -> Tensor:
 
 
 def float_tensors(classifier: Classifier, table: list[Layer]) -> dict[str, Tensor]:
-    """What is packed besides the layers: BatchNorms of their own."""
-    inside, state = tuple(f"{row.name}." for row in table), classifier.net.state_dict()
-    return {name: state[name] for name in state if not name.startswith(inside)}
+    """What is packed beside the layers: BatchNorms of their own."""
+    inside = tuple(f"{row.name}." for row in table)
+    state = classifier.net.state_dict().items()
+    return {name: value for name, value in state if not name.startswith(inside)}
 
 
 @torch.no_grad()
 def pack_model(classifier: Classifier, table: list[Layer], description: dict) -> bytes:
-    """A quantized network as one file: integers of their own widths, and a description
-    of arch, image_size, sigma, dataset and classes, else ValueError.
+    """A quantized network as one file: integers, and a description of arch, image_size,
+    sigma, dataset and classes, else ValueError.
 
     MAGIC; version; size of header; header (JSON); per layer weights, then a_step, scale
     and shift in float32; SHA-256 of all that."""
     missing = {"arch", "image_size", "sigma", "dataset", "classes"} - description.keys()
     require(len(missing) == 0, f"the description lacks {sorted(missing)}")
-    arch, given = description["arch"], type(classifier).__name__
-    require(arch in NETWORKS, f"NETWORKS has no {arch!r}: nothing could load it")
-    require(isinstance(classifier, Classifier), f"cannot pack {given} without its net")
+    given = f"{type(classifier).__name__} of {description['arch']!r}"
+    known = description["arch"] in NETWORKS and isinstance(classifier, Classifier)
+    require(known, f"{given}: only a Classifier of NETWORKS loads")
     require(len(description["classes"]) == table[-1].c_out, "more or fewer classes")
     frozen = [quant_layers(classifier)[row.name].freeze() for row in table]
     norms = float_tensors(classifier, table)
@@ -666,43 +640,41 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
     data = MAGIC + struct.pack("<HI", VERSION, len(text)) + text
     for layer in frozen:
         floats = torch.cat([layer.a_step.view(1), layer.scale, layer.shift]).cpu()
-        data += pack_bits(layer.weight, layer.w_bits) + floats.numpy().astype("<f4").tobytes()
+        data += pack_bits(layer.weight, layer.w_bits) + floats.float().numpy().tobytes()
     return data + hashlib.sha256(data).digest()
 
 
-def read_packed(path) -> tuple[dict, bytes] | None:
-    """Header and tensors of a packed file; None for others; ValueError: broken."""
+def read_packed(path) -> tuple[dict, bytes]:
+    """Header and tensors of a packed file. ValueError: another, or broken."""
     data = Path(path).read_bytes()
-    if data[:4] != MAGIC:
-        return None
+    require(data[:4] == MAGIC, f"{path}: no packed network")
     version, length = struct.unpack_from("<HI", data.ljust(10, b"\0"), 4)
     whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
-    require(version <= VERSION, f"{path} is of version {version}, not {VERSION}; update this")
-    require(whole, f"{path} is truncated or altered: its checksum is wrong; copy it")
+    require(version <= VERSION, f"{path} is of version {version}: update this program")
+    require(whole, f"{path} is truncated or altered: copy it again")
     return json.loads(data[10 : 10 + length]), data[10 + length : -32]
 
 
 def load_model(path) -> tuple[Classifier, list[Layer], dict]:
-    """What pack_model saved: frozen classifier, table, description. ValueError: broken."""
-    saved, data = read_packed(path) or (None, None)
-    require(saved, f"{path}: not a network saved by this program")
+    """What pack_model saved: frozen classifier, table, description."""
+    saved, data = read_packed(path)
     numbers = len(saved["classes"]), saved["mean"], saved["std"]
     classifier = build_classifier(saved["arch"], *numbers)
     table = quantize_model(classifier, saved["image_size"])
-    rows = zip(table, saved["policy"], saved["signed"], strict=True)
-    for row, (w_bits, a_bits), signed in rows:
-        layer = quant_layers(classifier)[row.name]
-        size, count = math.ceil(row.weights * w_bits / 8), 1 + 2 * row.c_out
-        weight = unpack_bits(data[:size], row.weights, w_bits)
-        weight = weight.view(*layer.weight.shape[:2], row.kernel, -1)
+    layers = quant_layers(classifier)
+    for row, bits, signed in zip(table, saved["policy"], saved["signed"], strict=True):
+        layer, count = layers[row.name], 1 + 2 * row.c_out
+        layer.w_bits, layer.a_bits = bits
+        layer.input_quantizer.signed.fill_(signed)
+        size = math.ceil(row.weights * layer.w_bits / 8)
+        weight = unpack_bits(data[:size], row.weights, layer.w_bits).view_as(layer.weight)
         floats = torch.frombuffer(bytearray(data[size:]), dtype=torch.float32, count=count)
-        scale, shift = floats[1:].split(row.c_out)
-        operands = (w_bits, weight, scale), (a_bits, bool(signed), floats[0])
-        classifier.net.set_submodule(row.name, IntegerLayer(layer, *operands, shift))
+        scaling = floats[0], *floats[1:].split(row.c_out)
+        classifier.net.set_submodule(row.name, IntegerLayer(layer, weight, *scaling))
         data = data[size + 4 * count :]
     norms = {name: torch.tensor(value) for name, value in saved.get("float", {}).items()}
     differ = sorted(norms.keys() ^ float_tensors(classifier, table).keys())
-    require(len(differ) == 0 and len(data) == 0, f"{path} lacks or adds tensors: {differ[:3]}")
+    require(not differ and not data, f"{path} lacks or adds tensors: {differ[:3]}")
     classifier.net.load_state_dict(norms, strict=False)  # the layers have theirs
     saved["policy"] = {row.name: bits for row, bits in zip(table, saved["policy"])}
     return classifier.eval(), table, saved
@@ -716,30 +688,20 @@ warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 class Int8Layer(IntegerLayer):
     """The same on oneDNN, from floats or uint8, to floats or a reader's uint8."""
 
-    backend = "int8"
-
     def __init__(self, layer: IntegerLayer):
         nn.Module.__init__(self)
         vars(self).update(vars(layer))  # the same tensors and numbers
-        require(self.weight.device.type == "cpu", "int8 layers run on CPUs")
-        largest_sum = (self.q_max - self.q_min) * self.row_sum  # with the zero point
-        require(largest_sum < 2**31, "int8 layers add up in 32 bits")
-        places = [list(self.conv[key]) for key in ("stride", "padding", "dilation")]
-        self.settings = *places, self.conv["groups"]
+        require(self.largest_sum < 2**31, "int8 layers add up in 32 bits")
+        *places, groups = self.conv.values()
+        self.settings = *map(list, places), groups
         self.step, self.ones = float(self.a_step), torch.ones(len(self.weight))
         self.zero_points = torch.zeros(len(self.weight), dtype=torch.int64)
         prepack = torch.ops.onednn.qconv_prepack
         self.packed = prepack(self.weight, self.ones, 1.0, -self.q_min, *self.settings)
 
-    def forward(self, x: Tensor, relu="none", reader=None, residual=None) -> Tensor:
-        """In a FusedBlock a residual is added, and overwritten; a reader gets integers."""
-        if x.ndim == 2:
-            return self.forward(x[:, :, None, None]).flatten(1)
-        q = x
-        if x.dtype != torch.uint8:
-            if not self.reads_kernel:
-                check_input(self.name, x)
-            q = self._to_uint8(x, self.step)
+    def compute(self, x: Tensor, relu="none", reader=None, residual=None) -> Tensor:
+        """A FusedBlock adds and overwrites a residual; a reader gets integers."""
+        q = x if x.dtype == torch.uint8 else self._to_uint8(x, self.step)
         if reader is None:
             return self._convolve(q, self.scale, self.shift, relu, torch.float32, residual)
         epilogue = self.scale / reader.a_step, self.shift / reader.a_step
@@ -756,8 +718,8 @@ class Int8Layer(IntegerLayer):
         return q.clamp_(max=self.q_max - self.q_min)
 
     def _convolve(self, q, scale, shift, relu="none", dtype=torch.float32, residual=None):
-        op, operands = torch.ops.onednn.qconv2d_pointwise, (q, 1.0, -self.q_min, self.packed)
-        operands += scale, self.zero_points
+        op = torch.ops.onednn.qconv2d_pointwise
+        operands = q, 1.0, -self.q_min, self.packed, scale, self.zero_points
         results = shift, *self.settings, 1.0, 0, dtype
         if residual is None:
             return op(*operands, *results, relu, [], "")
@@ -765,15 +727,14 @@ class Int8Layer(IntegerLayer):
         return op.binary(*operands, residual, *results, 1.0, 0, "sum", 1.0, relu, [], "")
 
     def __reduce_ex__(self, protocol):
-        raise ValueError("int8 layers are not pickled: pack_model saves them")
+        raise ValueError("integer_network made this; pack_model saves it")
 
 
 BACKENDS = {"int8": Int8Layer, "float32": IntegerLayer.freeze}
 # Of these modules, only the first layer can read what is not finite.
 FINITE = {Int8Layer, IntegerLayer, CifarResNet, BasicBlock, nn.Sequential, nn.Identity}
 FINITE |= {nn.ReLU, nn.ReLU6, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Dropout}
-FINITE |= {resnet.ResNet, resnet.Bottleneck, mobilenetv2.MobileNetV2}
-FINITE |= {mobilenetv2.InvertedResidual, torchvision.ops.Conv2dNormActivation}
+FINITE |= {ResNet, Bottleneck, MobileNetV2, InvertedResidual, Conv2dNormActivation}
 
 
 class FusedBlock(BasicBlock):
@@ -801,20 +762,20 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def fuse_blocks(network: nn.Module) -> None:
-    """Fuse a CifarResNet's parts of int8 layers, in place, unless that changes most logits
-    of noisy images: float error crosses ties in few."""
+    """Fuse a CifarResNet's parts of int8 layers, in place, unless that changes most
+    logits: float error crosses ties in few."""
     body, known = body_of(network), {Int8Layer, nn.Identity, nn.ReLU, nn.Sequential}
     if type(body) is not CifarResNet or is_hooked(body):
         return
-    parts = [m for m in body.modules() if type(m) in (CifarResNet, BasicBlock)]
+    fused = {BasicBlock: FusedBlock, CifarResNet: FusedResNet}
+    parts = [part for part in body.modules() if type(part) in fused]
     parts = [part for part in parts if {type(m) for m in part.children()} <= known]
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(8, *body.conv1.in_shape, generator=generator)
-    x = (x + 0.25 * torch.randn(x.shape, generator=generator)).to(body.fc.weight.device)
-    expected, classes = network(x), [type(part) for part in parts]
+    x = torch.rand(8, *body.conv1.in_shape, generator=torch.Generator().manual_seed(0))
+    x = (2 * x - 0.5).to(body.fc.weight.device)  # as noisy images
+    expected = network(x)
     for part in parts:
-        part.__class__ = FusedBlock if isinstance(part, BasicBlock) else FusedResNet
+        part.__class__ = fused[type(part)]
     changed = (network(x) - expected).abs().amax(1) > 1e-4 * expected.abs().max()
     if changed.float().mean() >= 0.5:
-        for part, usual in zip(parts, classes):
-            part.__class__ = usual
+        for part in parts:
+            part.__class__ = type(part).__base__

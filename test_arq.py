@@ -44,7 +44,7 @@ from certify import ABSTAIN, Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig, actor_loss, critic_loss, soft_update
 
 HERE = Path(__file__).parent
-LINES = 2385
+LINES = 2346
 KEY = "0|test"
 
 
@@ -590,8 +590,6 @@ class MinMax(models.LSQ):
         return v.abs().amax(1).clamp_min(1e-8) / q_max
 
     def forward(self, v):
-        if self.bits == models.FLOAT_BITS:
-            return v
         return v + (self.integers(v) * self.step_for(v) - v).detach()
 
 
@@ -1006,7 +1004,7 @@ REFUSED = {
     "layer extra is called by keyword": With(POINT, lambda extra, x: extra(input=x)),
     "layer extra runs 2 times": With(POINT, lambda extra, x: extra(extra(x))),
     "layer extra runs 0 times.*aux_logits": With(POINT, lambda extra, x: x),
-    "layer extra.1 has a second name, extra.0": With(
+    "layer extra.1 runs 0 times by this name": With(
         nn.Sequential(POINT, POINT), lambda e, x: e[0](x)
     ),
     "returns a dict": With(nn.Identity(), lambda extra, x: {"out": x}),
@@ -1168,12 +1166,12 @@ def test_nothing_is_packed_that_could_not_be_loaded_again(tmp_path, monkeypatch)
         rest = {key: value for key, value in DESCRIPTION.items() if key != name}
         with pytest.raises(ValueError, match=name):
             models.pack_model(classifier, table, rest)
-    for wrong, words in (({"classes": [1]}, "fewer classes"), ({"arch": "mine"}, "no 'mine'")):
+    for wrong, words in (({"classes": [1]}, "fewer classes"), ({"arch": "mine"}, "of 'mine'")):
         with pytest.raises(ValueError, match=words):
             models.pack_model(classifier, table, DESCRIPTION | wrong)
     with pytest.raises(ValueError, match="32 bits"):
         models.pack_model(*quantized(bits=32)[:2], DESCRIPTION)
-    with pytest.raises(ValueError, match="CifarResNet without its net"):
+    with pytest.raises(ValueError, match="CifarResNet of 'resnet8': only a Classifier"):
         models.pack_model(classifier.net, table, DESCRIPTION)
     lost = {"extra": torch.ones(1)}
     monkeypatch.setattr(models, "float_tensors", lambda *network: lost)
@@ -1875,7 +1873,7 @@ def test_files_that_are_no_use_are_refused_in_one_line(tmp_path, monkeypatch, ca
     ):
         assert fails(f"--evaluate m.arq {wrong}".split(), capsys, wrong.split()[0], reason)
     assert fails("--policy wide.json".split(), capsys, "wide.json", "raise --budget")
-    assert fails("--evaluate wide.json".split(), capsys, "wide.json", "not a network")
+    assert fails("--evaluate wide.json".split(), capsys, "wide.json: no packed network")
 
 
 def test_figures_are_shown_as_they_are_and_never_rounded_up():

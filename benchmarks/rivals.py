@@ -153,8 +153,6 @@ class PseudoNoise(models.LSQ):
         return models.MIN_BITS + span * (self.pace * self.theta).sigmoid()
 
     def forward(self, v: Tensor) -> Tensor:
-        if self.bits == models.FLOAT_BITS:
-            return v
         step = self.step_for(v)
         # The gradient is scaled as FakeQuantize scales that of a step.
         scaled = step / (self.q_max**2 * math.sqrt(v[0].numel()))
@@ -218,8 +216,6 @@ class WidthSteps(models.LSQ):
         return step.view(-1, *[1] * (v.ndim - 1)) if self.is_weight else step
 
     def forward(self, v):
-        if self.bits == models.FLOAT_BITS:
-            return v
         step, elements = self.step_for(v), v[0].numel() / self.q_max**3
         return models.FakeQuantize.apply(v.float(), step, self.q_min, self.q_max, elements)
 
