@@ -84,8 +84,7 @@ class DDPG(nn.Module):
         self.actor_optimizer = adam(self.actor.parameters(), config.actor_lr, fused=True)
         self.critic_optimizer = adam(self.critic.parameters(), config.critic_lr, fused=True)
         self.replay = deque(maxlen=config.replay_episodes)  # (s, a, r, s', done) of T rows
-        self.transitions = None  # all of `replay`, concatenated once per episode
-        self.baseline, self.scale, self.episode = None, 1.0, 0
+        self.baseline, self.episode = None, 0
 
     @property
     def noise(self) -> float:
@@ -114,7 +113,7 @@ class DDPG(nn.Module):
         done[-1] = 1
         rewards = torch.full_like(done, reward)
         self.replay.append((states, actions, rewards, next_states, done))
-        self.transitions = None
+        self.transitions = [torch.cat(column) for column in zip(*self.replay)]
         # The critic's unit: the standard deviation of the kept rewards, 1 if all are equal.
         kept = [float(rewards[0]) for _, _, rewards, _, _ in self.replay]
         self.scale = statistics.pstdev(kept) or 1.0
@@ -126,17 +125,14 @@ class DDPG(nn.Module):
     def update(self) -> None:
         """One mini-batch for the critic, the actor and the targets."""
         config = self.config
-        if self.transitions is None:
-            self.transitions = [torch.cat(column) for column in zip(*self.replay)]
         count = len(self.transitions[0])
         rows = torch.randint(count, (config.batch_size,), generator=self.generator)
-        state, action, reward, next_state, done = (c[rows] for c in self.transitions)
+        batch = [column[rows] for column in self.transitions]  # s, a, r, s', done
         # The critic learns (r - b) / scale; b moves half way to the mini-batch's mean reward.
-        mean = float(reward.mean())
+        mean = float(batch[2].mean())
         baseline = mean if self.baseline is None else self.baseline
         self.baseline = baseline + config.baseline_rate * (mean - baseline)
-        reward = (reward - self.baseline) / self.scale
-        batch = [state, action, reward, next_state, done]
+        batch[2] = (batch[2] - self.baseline) / self.scale
         critic, target = self.critic, self.critic_target
         loss = critic_loss(critic, target, self.actor_target, batch, config.discount)
         self.critic_optimizer.zero_grad()
