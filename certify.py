@@ -339,7 +339,8 @@ class Smooth:
             for chunk in range(math.ceil(size / CHUNK)):
                 which = key, image_id, chunk, image.shape, image.device
                 noise = draw_noise(*which, self.sigma, self.levels)
-                noisy = noise[: size - chunk * CHUNK].add_(image).div_(self.levels or 1)
+                noisy = noise[: size - chunk * CHUNK].add_(image)
+                noisy = noisy if self.levels is None else noisy.div_(self.levels)
                 *batches, last = torch.cat([*rest, noisy]).split(self.batch_size)
                 classes += map(self._classify, batches)
                 rest = [last]  # batches span images
