@@ -66,14 +66,14 @@ def certified_radius(p_a, sigma, p_b=None):
     """R = sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)), in l2 (ARQ, Theorem 2.1).
     p_a bounds the predicted class from below, p_b all others from above; without p_b, 1 -
     p_a does: R = sigma Phi^-1(p_A), as published. 0 where nothing is certified."""
-    require(sigma > 0, f"sigma must be positive, not {sigma}")
+    require(0 < sigma < math.inf, f"sigma must be positive, not {sigma}")
     p_a = _float64(p_a)
     p_b = 1 - p_a if p_b is None else _float64(p_b)
     possible = (p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1)
     require(possible.all(), "probabilities must lie between 0 and 1")
     quantile_a, quantile_b = (_float64(ndtri(p.numpy())) for p in (p_a, p_b))
     radius = sigma / 2 * (quantile_a - quantile_b - MARGIN).clip(min=0)
-    return _unwrap(radius.nan_to_num(0, math.inf))  # inf - inf is nan
+    return _unwrap(radius.nan_to_num(0, math.inf))  # inf - inf
 
 
 def _float64(value):
@@ -160,7 +160,7 @@ PARSERS |= {"radius": float, "time": str, "sigma": float, "alpha": float}
 class ReplayCache(NamedTuple):
     certificates: list[Certificate]  # of f
     predictions: Tensor  # f's class for each sample (B, n); 0 if skipped
-    key: str  # names the noise of those samples
+    key: str  # of those samples' noise
 
 
 class IncrementalCertificate(NamedTuple):  # of f^P
@@ -192,7 +192,8 @@ class Smooth:
     def __init__(
         self, classifier, num_classes, sigma, seed=0, batch_size=100, purpose="main", levels=255
     ):
-        fits = sigma > 0 if levels is None else 1 <= levels * sigma <= 2**17
+        steps = 1 if levels is None else levels * sigma
+        fits = 0 < sigma < math.inf and 1 <= steps <= 2**17
         require(fits, f"sigma = {sigma} is not in 1 to {2**17} steps of 1 / {levels}")
         require(batch_size >= 1, f"batch_size = {batch_size} is below 1")
         self.classifier, self.num_classes = classifier, num_classes
@@ -237,14 +238,14 @@ class Smooth:
         radius = certified_radius(p_a, self.sigma)
         correct = (predicted == labels).long()
         seconds = timedelta(seconds=(time.monotonic() - start) / len(labels))
-        columns = [ids, labels, predicted, radius, correct, repeat(str(seconds))]
+        columns = [ids, labels.long(), predicted, radius, correct, repeat(str(seconds))]
         columns += [selected, n_a, n_b, sizes]
         columns += map(repeat, (n0, self.sigma, alpha, self.levels))
         rows = _records(Certificate, columns)
         missing = n - predictions.shape[1]  # if all were skipped
         return ReplayCache(rows, nn.functional.pad(predictions, (0, missing)), key)
 
-    def predict(self, images, ids=None, n=1000, alpha=0.001) -> list[int]:
+    def predict(self, images, ids=None, n=1000, alpha=0.001):
         """PREDICT (Cohen et al., section 3.2.1): classes, each wrong by alpha at most."""
         alpha = self._alpha(alpha / 2, images, n)
         ids = range(len(images)) if ids is None else ids
@@ -320,6 +321,7 @@ class Smooth:
 
     def sample_under_noise(self, images, ids, n, key):
         """Counts (B, classes) of f's predictions on n noisy copies."""
+        require(n >= 1, f"{n} samples select no class")
         sizes = torch.full((len(images),), n)
         return self._count(self.predictions(images, ids, sizes, key))
 
@@ -328,14 +330,15 @@ class Smooth:
         return torch.stack([row.bincount(None, self.num_classes) for row in predictions])
 
     @torch.inference_mode()
-    def predictions(self, images, ids, sizes: Tensor, key: str) -> Tensor:
+    def predictions(self, images, ids, sizes, key):
         """f's classes of sizes[i] copies of images[i], then zeros: (B, max size)."""
         images = self._checked_images(images)
-        ids = torch.as_tensor(ids).tolist()
-        named = len(images) == len(ids) == len(set(ids))
-        require(named, f"{len(images)} images need as many different ids")
+        ids = torch.as_tensor(ids)
+        named = ids.shape == ids.unique().shape == images.shape[:1]
+        named = named and torch.can_cast(ids.dtype, torch.int64)
+        require(named, f"{len(images)} images need as many different ids, integers")
         classes, rest = [torch.arange(0)], []
-        for image, image_id, size in zip(images, ids, sizes.tolist()):
+        for image, image_id, size in zip(images, ids.tolist(), sizes.tolist()):
             for chunk in range(math.ceil(size / CHUNK)):
                 which = key, image_id, chunk, image.shape, image.device
                 noise = draw_noise(*which, self.sigma, self.levels)
@@ -361,13 +364,13 @@ class Smooth:
             noisy = noisy.to(next(floats, noisy).dtype)
         logits = self.classifier(noisy)
         self.samples += len(noisy)
-        shape = getattr(logits, "shape", type(logits).__name__)
+        shape = logits.shape if isinstance(logits, Tensor) else type(logits).__name__
         require(shape[:-1] == noisy.shape[:1], f"no logits (B, classes): {shape}")
         self.num_classes = self.num_classes or shape[1]
         same = 1 < shape[1] == self.num_classes
         require(same, f"{self.num_classes} classes, but {shape[1]} logits")
         largest, classes = logits.max(1)  # nan where there is one
-        alone = (logits == largest[:, None]).sum(1) == 1  # then +inf is an answer
+        alone = (logits == largest[:, None]).sum(1) == 1  # +inf is an answer
         require((largest.isfinite() | alone).all(), "logits are not finite")
         return classes.cpu()
 
@@ -379,13 +382,13 @@ def _records(record_type, columns):
 
 
 # ---- aggregates and files ----
-def two_sided(rows: list[Certificate]) -> list[Certificate]:
+def two_sided(rows) -> list[Certificate]:
     """The same by Theorem 2.1, p_A, p_B at alpha / 2 each; n_b bounds the runner-up.
     Either radius fails with alpha; the larger of both with 1.5 alpha."""
     certificates = []
     for row in rows:
-        counted = getattr(row, "n_b", None) is not None
-        require(counted, "two-sided radii need counts n_a, n_b")
+        counted = isinstance(row, Certificate) and None not in row[:-1]  # but levels
+        require(counted, "two-sided radii need counts, sigma and alpha")
         n = max(row.n, 1)
         p_a = lower_confidence_bound(row.n_a, n, row.alpha / 2)
         p_b = upper_confidence_bound(row.n_b, n, row.alpha / 2)
@@ -405,6 +408,8 @@ def acr_difference(rows, base_rows=None) -> tuple[float, float | None]:
     """Mean and standard error of radius * 1[correct], less base_rows' if given."""
     radii = _float64([row.radius * row.correct for row in rows])
     if base_rows is not None:
+        paired = [row.idx for row in rows] == [row.idx for row in base_rows]
+        require(paired, "rows are not of the same images")
         radii -= _float64([row.radius * row.correct for row in base_rows])
     error = float(radii.std() / math.sqrt(len(radii))) if len(radii) > 1 else None
     return float(radii.mean()), error
@@ -415,7 +420,7 @@ def certified_accuracy(rows, radius: float) -> float:
     return sum(row.correct and row.radius >= radius for row in rows) / len(rows)
 
 
-def write_certificates(file, rows: list[Certificate]) -> None:
+def write_certificates(file, rows) -> None:
     """Append rows to an open TSV, after a header if it is empty."""
     header = [PARSERS] if file.tell() == 0 else []
     csv.writer(file, "excel-tab", lineterminator="\n").writerows([*header, *rows])

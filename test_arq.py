@@ -43,7 +43,7 @@ from certify import ABSTAIN, Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig, actor_loss, critic_loss, soft_update
 
 HERE = Path(__file__).parent
-LINES = 2404
+LINES = 2409
 KEY = "0|test"
 
 
@@ -201,6 +201,8 @@ def test_two_sided_radius_worked_by_hand():
     assert torn.predict == 3 and torn.correct == 1 and torn.radius > 0
     with pytest.raises(ValueError, match="counts"):
         certify.two_sided([row._replace(n_b=None)])
+    with pytest.raises(ValueError, match="alpha"):
+        certify.two_sided([row._replace(alpha=None)])
     with pytest.raises(ValueError, match="counts"):
         certify.two_sided(smooth(BASE).certify_incremental(IMAGES, cached(), 100))
 
@@ -436,6 +438,8 @@ def test_aggregates_worked_by_hand():
     difference, error = certify.acr_difference(rows, base_rows)
     assert difference == pytest.approx(0.05) and error == pytest.approx(0.1307, abs=1e-4)
     assert certify.acr_difference(rows[:1]) == (0.5, None)
+    with pytest.raises(ValueError, match="same images"):
+        certify.acr_difference(rows, base_rows[:1])
 
 
 def predict(g, images, labels, ids=None, n0=10, n=50, alpha=0.001):
@@ -463,6 +467,7 @@ def test_what_names_no_class_and_wrong_arguments_are_refused(method):
         (constant(1.0), None, x, [0, 1], None, "1 logits"),
         (lambda x: (x, x), None, x, [0, 1], None, "no logits.*tuple"),
         (lambda x: x, None, x, [0, 1], None, "no logits.*10, 3, 4, 4"),
+        (lambda x: f(x).numpy(), None, x, [0, 1], None, "no logits.*ndarray"),
         (f, 2, x, [0, 1], None, "2 classes, but .*3 logits"),
         (f, None, x * 255, [0, 1], None, r"floats in \[0, 1\]"),
         (f, None, (x * 255).byte(), [0, 1], None, r"floats in \[0, 1\]"),
@@ -472,6 +477,8 @@ def test_what_names_no_class_and_wrong_arguments_are_refused(method):
         (f, None, x[:0], [], None, "images.*not empty"),
         (f, None, 0.999 * x, [0, 1], None, "off the grid: round images"),
         (f, None, x, [0, 1], [4, 4], "2 images need as many different ids"),
+        (f, None, x, [0, 1], [0.5, 1.5], "2 images need as many different ids"),
+        (f, None, x, [0, 1], [[0], [1]], "2 images need as many different ids"),
         (dropout, None, x, [0, 1], None, "training mode"),
         (by_batch, None, x, [0, 1], None, "BatchNorm without running statistics"),
     ]
@@ -488,9 +495,13 @@ def test_what_names_no_class_and_wrong_arguments_are_refused(method):
     for n, alpha in ((9, 0.001), (1000, 1e-13), (1000, 2.0)):
         with pytest.raises(ValueError, match=f"{n} samples need alpha"):
             METHODS[method](Smooth(f, 3, 0.25), x, [0, 1], None, 10, n, alpha)
+    with pytest.raises(ValueError, match="0 samples select no class"):
+        Smooth(f, None, 0.25).certify(x, [0, 1], n0=0)
     for sigma, batch_size in ((0.25, 0), (0.001, 1), (math.nan, 1)):
         with pytest.raises(ValueError, match="sigma|batch_size"):
             Smooth(f, 3, sigma, batch_size=batch_size)
+    with pytest.raises(ValueError, match="sigma = inf"):
+        Smooth(f, 3, math.inf, levels=None)
 
 
 def test_the_classifier_gives_the_number_of_classes_and_the_type():
