@@ -22,22 +22,22 @@ units; noise is added before any normalisation.
 Cohen, Rosenfeld, Kolter, ICML 2019 (CERTIFY, PREDICT); Ugare et al., 2024 (IRS).
 """
 
+import csv
 import functools
 import hashlib
 import math
 import time
 from datetime import timedelta
 from itertools import repeat
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 import torch
 from scipy.special import betaincinv, ndtri, roots_legendre
 from torch import Tensor, nn
 
 ABSTAIN = -1
-METHODS = "none", "fresh", "replayed"  # of an incremental certificate
 CHUNK = 100  # samples drawn at a time
-MARGIN = 1e-12  # against rounding: errors are below 7e-14 of a bound, 1e-15 sigma
+MARGIN = 1e-12  # against rounding: errors are below 5e-13 of a bound, 1e-15 sigma
 
 
 def require(condition, message: str) -> None:
@@ -52,47 +52,47 @@ def lower_confidence_bound(k, n, alpha):
     k, n, alpha = (_float64(value).numpy() for value in (k, n, alpha))
     valid = (alpha > 0) & (alpha < 1) & (k >= 0) & (k <= n) & (n >= 1)
     require(valid.all(), "0 < alpha < 1, 0 <= k <= n and n >= 1 must hold")
-    positive = k > 0  # k = 0 has no beta quantile: its bound is 0
-    return _unwrap(betaincinv(k + ~positive, n - k + 1, alpha) * positive * (1 - MARGIN))
+    margin = MARGIN * (n / 1e6).clip(min=1)  # errors grow
+    quantile = _float64(betaincinv(k, n - k + 1, alpha) * (1 - margin))
+    return _unwrap(quantile.nan_to_num(0))  # k = 0 has none
 
 
 def upper_confidence_bound(k, n, alpha):
     """The same from above: P[bound >= true probability] >= 1 - alpha."""
-    low = lower_confidence_bound(torch.as_tensor(n) - torch.as_tensor(k), n, alpha)
+    low = lower_confidence_bound(_float64(n) - _float64(k), n, alpha)
     return _unwrap((1 + 2**-52 - _float64(low)).clip(max=1))  # covers rounding
 
 
-def certified_radius(p_a, sigma: float, p_b=None):
+def certified_radius(p_a, sigma, p_b=None):
     """R = sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)), in l2 (ARQ, Theorem 2.1).
     p_a bounds the predicted class from below, p_b all others from above; without p_b, 1 -
     p_a does: R = sigma Phi^-1(p_A), as published. 0 where nothing is certified."""
-    require(sigma > 0, f"sigma must be positive, not {sigma}")
+    require(0 < sigma < math.inf, f"sigma must be positive, not {sigma}")
     p_a = _float64(p_a)
     p_b = 1 - p_a if p_b is None else _float64(p_b)
     possible = (p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1)
     require(possible.all(), "probabilities must lie between 0 and 1")
-    certified = p_a > p_b  # else 1/2: infinite quantiles have no difference
-    quantile_a = ndtri(torch.where(certified, p_a, 0.5).numpy())
-    quantile_b = ndtri(torch.where(certified, p_b, 0.5).numpy())
-    return _unwrap(sigma / 2 * (quantile_a - quantile_b - MARGIN).clip(min=0))
+    quantile_a, quantile_b = (_float64(ndtri(p.numpy())) for p in (p_a, p_b))
+    radius = sigma / 2 * (quantile_a - quantile_b - MARGIN).clip(min=0)
+    return _unwrap(radius.nan_to_num(0, math.inf))  # inf - inf
 
 
-def _float64(value) -> Tensor:
+def _float64(value):
     return torch.as_tensor(value, dtype=torch.float64).cpu()
 
 
-def _unwrap(array):
-    return torch.as_tensor(array) if array.ndim else float(array)
+def _unwrap(value):
+    return value if value.ndim else value.item()
 
 
 # ---- noise ----
 @functools.cache
-def noise_table(sigma: float, levels: int, device) -> tuple[int, Tensor, Tensor]:
+def noise_table(sigma, levels, device):
     """P[m] = Phi((m + 1/2) / (levels sigma)) - Phi((m - 1/2) / (levels sigma)):
     the lowest m; 2^62 P[<= m]; m by 16 of 62 random bits, nan where the others decide."""
     lowest = -math.ceil(9.1 * levels * sigma)  # less than 2^-62 lies beyond
     m = torch.arange(lowest, 1 - lowest)
-    # The density's integral: differences of Phi would be 50 times less precise.
+    # The density's integral: 50 times as precise as differences of Phi.
     points, weights = map(torch.from_numpy, roots_legendre(10))
     t = (m[:, None] + points / 2) / (levels * sigma)
     p = (-t * t / 2).exp() @ weights
@@ -104,7 +104,7 @@ def noise_table(sigma: float, levels: int, device) -> tuple[int, Tensor, Tensor]
     return lowest, ends.to(device), by_16_bits.to(device)
 
 
-def draw_noise(key: str, image_id: int, chunk: int, shape, device, sigma, levels) -> Tensor:
+def draw_noise(key, image_id, chunk, shape, device, sigma, levels):
     """m or, without levels, eps (CHUNK, *shape), equal for equal arguments and devices."""
     start = hashlib.sha256(f"{key}|{image_id}".encode()).digest()
     # CPU generators keep 32 bits: chunks count up from start, so none repeats.
@@ -125,15 +125,14 @@ def draw_noise(key: str, image_id: int, chunk: int, shape, device, sigma, levels
     return m.view(shape)
 
 
-def alpha_after_noise(alpha: float, n: int, pixels: int, sigma: float, levels=255) -> float:
-    """alpha less the total variation of n samples' noise to Gaussian noise; pixels has all
-    channels. ValueError if then even n votes of n certify nothing."""
-    error = 0.0
-    if levels is not None:  # measured: at most a third of this
-        error = n * pixels * (levels * sigma * 2**-57 + 2**-50)
+def alpha_after_noise(alpha, n, pixels, sigma, levels=255) -> float:
+    """alpha less the total variation of n samples' noise to Gaussian noise; pixels in
+    all channels. ValueError if then even n votes of n certify nothing."""
+    per_pixel = 0.0 if levels is None else levels * sigma * 2**-57 + 2**-50
+    error = n * pixels * per_pixel  # measured: at most a third of this
     least = 0.5**n + error
-    enough = least < alpha < 1
-    require(enough, f"{n} samples need alpha in {least:.2g} to 1, not {alpha}; take more")
+    need = f"{n} samples need alpha in {least:.2g} to 1, not {alpha}; take more"
+    require(least < alpha < 1, need)
     return alpha - error
 
 
@@ -144,7 +143,7 @@ class Certificate(NamedTuple):  # other tools know the first six fields only
     predict: int  # g's class, or ABSTAIN
     radius: float  # 0 where g abstains
     correct: int  # 1 if predict is the label, else 0
-    time: str  # h:mm:ss.ffffff
+    time: str = ""  # h:mm:ss.ffffff
     selected: int | None = None  # c_A
     n_a: int | None = None  # votes for c_A
     n_b: int | None = None  # votes for the most counted other class
@@ -155,15 +154,14 @@ class Certificate(NamedTuple):  # other tools know the first six fields only
     levels: int | None = None  # of the noise's grid; none: float noise
 
 
-COLUMNS = list(Certificate._fields)
-PARSERS = dict.fromkeys(COLUMNS, int)
+PARSERS = dict.fromkeys(Certificate._fields, int)  # by column
 PARSERS |= {"radius": float, "time": str, "sigma": float, "alpha": float}
 
 
 class ReplayCache(NamedTuple):
     certificates: list[Certificate]  # of f
     predictions: Tensor  # f's class for each sample (B, n); 0 if skipped
-    key: str  # names the noise of those samples
+    key: str  # of those samples' noise
 
 
 class IncrementalCertificate(NamedTuple):  # of f^P
@@ -172,7 +170,7 @@ class IncrementalCertificate(NamedTuple):  # of f^P
     predict: int
     radius: float
     correct: int
-    method: str  # one of METHODS
+    method: str  # none, fresh or replayed
     passes: int  # samples of f^P, none where f's class is wrong
     zeta: float  # nan unless replayed
 
@@ -189,13 +187,14 @@ class Smooth:
     As k is integer, round(k + levels eps) = k + m with m = round(levels eps): f votes on
     (k + m) / levels as F on x + eps, and Cohen et al. prove it for F and g.
     What the drawn m are off by, in total variation, is taken off alpha.
-    Assumed: the generator's bits are as random ones; f has one answer per input, whatever
+    Assumed: the generator's bits are random; f has one answer per input, whatever
     the batch. Integer networks do; float ones may round differently in other batches."""
 
     def __init__(
         self, classifier, num_classes, sigma, seed=0, batch_size=100, purpose="main", levels=255
     ):
-        fits = sigma > 0 if levels is None else 1 <= levels * sigma <= 2**17
+        steps = 1 if levels is None else levels * sigma
+        fits = 0 < sigma < math.inf and 1 <= steps <= 2**17
         require(fits, f"sigma = {sigma} is not in 1 to {2**17} steps of 1 / {levels}")
         require(batch_size >= 1, f"batch_size = {batch_size} is below 1")
         self.classifier, self.num_classes = classifier, num_classes
@@ -207,8 +206,7 @@ class Smooth:
         """CERTIFY (Cohen et al., section 3.2.2): a Certificate per image.
         Unless it abstains, g predicts `predict` everywhere closer than `radius`, with
         probability at least 1 - alpha each. ids name the noise (default: positions)."""
-        samples = n0, n, alpha
-        return self.certify_and_cache(images, labels, ids, *samples, False).certificates
+        return self.certify_and_cache(images, labels, ids, n0, n, alpha, False).certificates
 
     def certify_and_cache(
         self, images, labels, ids=None, n0=100, n=1000, alpha=0.001, skip_wrong=True
@@ -223,13 +221,12 @@ class Smooth:
         labels = torch.as_tensor(labels).cpu()
         valid = labels.shape == (len(ids),) and torch.can_cast(labels.dtype, torch.int64)
         valid = valid and 0 <= labels.min() and labels.max() < self.num_classes
-        last = self.num_classes - 1
-        require(valid, f"{len(ids)} images need as many labels from 0 to {last}")
+        require(valid, f"{len(ids)} images need as many labels below {self.num_classes}")
         # c_A <- top index in counts0
         selected = counts0.argmax(1)
         # counts <- SampleUnderNoise(f, x, n, sigma)
         sizes = torch.where(selected == labels, n, 0 if skip_wrong else n)
-        key = f"{self.key}/estimate{n}"  # another n draws all samples anew
+        key = f"{self.key}/estimate{n}"  # another n: other noise
         predictions = self.predictions(images, ids, sizes, key)
         counts = self._count(predictions) * (sizes > 0)[:, None]
         c_a = selected[:, None]
@@ -242,14 +239,14 @@ class Smooth:
         radius = certified_radius(p_a, self.sigma)
         correct = (predicted == labels).long()
         seconds = timedelta(seconds=(time.monotonic() - start) / len(labels))
-        columns = [ids, labels, predicted, radius, correct, repeat(str(seconds))]
+        columns = [ids, labels.long(), predicted, radius, correct, repeat(str(seconds))]
         columns += [selected, n_a, n_b, sizes]
         columns += map(repeat, (n0, self.sigma, alpha, self.levels))
         rows = _records(Certificate, columns)
-        missing = n - predictions.shape[1]  # if all images were skipped
+        missing = n - predictions.shape[1]  # if all were skipped
         return ReplayCache(rows, nn.functional.pad(predictions, (0, missing)), key)
 
-    def predict(self, images, ids=None, n=1000, alpha=0.001) -> list[int]:
+    def predict(self, images, ids=None, n=1000, alpha=0.001):
         """PREDICT (Cohen et al., section 3.2.1): classes, each wrong by alpha at most."""
         alpha = self._alpha(alpha / 2, images, n)
         ids = range(len(images)) if ids is None else ids
@@ -272,9 +269,8 @@ class Smooth:
         If p >= gamma, a replay's p_A is below p: it fails by zeta alone; a fresh bound fails
         with alpha. If p < gamma, a fresh branch means that f's bound failed, as it may with
         alpha; a replay fails by it or zeta."""
-        n, row = cache.predictions.shape[1], cache.certificates[0]
-        alpha, theirs = row.alpha, (row.sigma, row.levels)
-        ours = self.sigma, self.levels
+        n, base = cache.predictions.shape[1], cache.certificates[0]
+        theirs, ours = ((g.sigma, g.levels) for g in (base, self))
         require(theirs == ours, f"sigma, levels: the cache has {theirs}, not {ours}")
         require(n_p <= n, f"n_p = {n_p} exceeds the {n} cached samples")
         alpha_zeta = self._alpha(alpha_zeta, images, n_p)
@@ -282,7 +278,7 @@ class Smooth:
         rows = [(row.selected, row.label, row.idx, row.n_a) for row in cache.certificates]
         selected, labels, ids, n_a = torch.tensor(rows).T
         right = selected == labels
-        p_a = lower_confidence_bound(n_a, n, alpha)
+        p_a = lower_confidence_bound(n_a, n, base.alpha)
         # if p_A < gamma:
         replay = right & (p_a < gamma)
         #     n_delta <- how often f^P and f disagree on the first n_p cached samples
@@ -297,68 +293,67 @@ class Smooth:
         new = self.predictions(images, ids, fresh * n_p, cache.key + "/fresh")
         #     p <- LowerConfBound(counts[c_A], n_p, alpha)
         votes = (new == selected[:, None]).sum(1)
-        p_fresh = lower_confidence_bound(votes, n_p, alpha)
+        p_fresh = lower_confidence_bound(votes, n_p, base.alpha)
         # if p > 1/2 return prediction c_A and radius sigma Phi^-1(p), else ABSTAIN
         p = torch.where(replay, p_replayed, p_fresh)
-        radius = torch.where(right, certified_radius(p, self.sigma), 0.0)
+        radius = certified_radius(right * p, self.sigma)
         predicted = torch.where(radius > 0, selected, ABSTAIN)
-        methods = [METHODS[index] for index in (fresh + 2 * replay).tolist()]
+        methods = [["none", "fresh", "replayed"][i] for i in (fresh + 2 * replay).tolist()]
         columns = [ids, labels, predicted, radius, (radius > 0).long()]
         columns += [methods, right * n_p, torch.where(replay, zeta, math.nan)]
         return _records(IncrementalCertificate, columns)
 
-    def _alpha(self, alpha: float, images, n: int) -> float:
+    def _alpha(self, alpha, images, n):
         pixels = math.prod(getattr(images, "shape", ())[1:])
         return alpha_after_noise(alpha, n, pixels, self.sigma, self.levels)
 
-    def _checked_images(self, images) -> Tensor:
-        """k of images k / levels, as close as float32 can; for float noise the images."""
-        is_batch = isinstance(images, Tensor) and images.ndim == 4 and len(images) > 0
-        require(is_batch, "images must be a tensor (B, C, H, W) of at least one image")
-        valid = images.is_floating_point() and ((images >= 0) & (images <= 1)).all()
+    def _checked_images(self, images):
+        """k of images k / levels in float32; for float noise the images."""
+        is_batch = isinstance(images, Tensor) and images.ndim == 4 and images.numel()
+        require(is_batch, "images must be a tensor (B, C, H, W), not empty")
+        valid = images.is_floating_point() and images.equal(images.clamp(0, 1))
         require(valid, "images must be floats in [0, 1]; divide 8-bit ones by 255")
         if self.levels is None:
             return images
-        scaled = images.float() * self.levels
-        k = scaled.round()
-        near = (scaled - k).abs().max() < self.levels / 2**22
-        rounded = f"(x.float() * {self.levels}).round() / {self.levels}"
-        require(near, f"off the grid: round images, {rounded}")
+        k = (images.float() * self.levels).round()
+        near = (images - k / self.levels).abs().max() < 2**-22
+        require(near, f"off the grid: round images to k / {self.levels}")
         return k
 
-    def sample_under_noise(self, images, ids, n: int, key: str) -> Tensor:
+    def sample_under_noise(self, images, ids, n, key):
         """Counts (B, classes) of f's predictions on n noisy copies."""
+        require(n >= 1, f"{n} samples select no class")
         sizes = torch.full((len(images),), n)
         return self._count(self.predictions(images, ids, sizes, key))
 
-    def _count(self, predictions: Tensor) -> Tensor:
+    def _count(self, predictions):
         """Counts (B, classes) among predictions (B, n)."""
-        rows = predictions.long()
-        return torch.stack([row.bincount(None, self.num_classes) for row in rows])
+        return torch.stack([row.bincount(None, self.num_classes) for row in predictions])
 
     @torch.inference_mode()
-    def predictions(self, images, ids, sizes: Tensor, key: str) -> Tensor:
+    def predictions(self, images, ids, sizes, key):
         """f's classes of sizes[i] copies of images[i], then zeros: (B, max size)."""
         images = self._checked_images(images)
-        ids = torch.as_tensor(ids).tolist()
-        named = len(images) == len(ids) == len(set(ids))
-        require(named, f"{len(images)} images need as many different ids")
-        batches = _full_batches(self._noisy(images, ids, sizes, key), self.batch_size)
-        classes = [self._classify(batch).cpu() for batch in batches]
-        dtype = torch.uint8 if (self.num_classes or 0) <= 2**8 else torch.int32
-        classes = torch.cat([torch.arange(0), *classes]).to(dtype)
-        return nn.utils.rnn.pad_sequence(classes.split(sizes.tolist()), batch_first=True)
-
-    def _noisy(self, images, ids, sizes, key):
-        """Up to CHUNK noisy copies at a time: (k + m) / levels or x + eps."""
-        for image, image_id, size in zip(images, ids, sizes.tolist()):
+        ids = torch.as_tensor(ids)
+        named = ids.shape == ids.unique().shape == images.shape[:1]
+        named = named and torch.can_cast(ids.dtype, torch.int64)
+        require(named, f"{len(images)} images need as many different ids, integers")
+        classes, rest = [torch.arange(0)], []
+        for image, image_id, size in zip(images, ids.tolist(), sizes.tolist()):
             for chunk in range(math.ceil(size / CHUNK)):
                 which = key, image_id, chunk, image.shape, image.device
                 noise = draw_noise(*which, self.sigma, self.levels)
                 noisy = noise[: size - chunk * CHUNK].add_(image)
-                yield noisy if self.levels is None else noisy.div_(self.levels)
+                noisy = noisy if self.levels is None else noisy.div_(self.levels)
+                *batches, last = torch.cat([*rest, noisy]).split(self.batch_size)
+                classes += map(self._classify, batches)
+                rest = [last]  # batches span images
+        classes += map(self._classify, rest)
+        dtype = torch.uint8 if (self.num_classes or 0) <= 2**8 else torch.int32
+        classes = torch.cat(classes).to(dtype)
+        return nn.utils.rnn.pad_sequence(classes.split(sizes.tolist()), batch_first=True)
 
-    def _classify(self, noisy: Tensor) -> Tensor:
+    def _classify(self, noisy):
         """f's classes (B,); whatever is no answer is refused."""
         if isinstance(self.classifier, nn.Module):
             for module in self.classifier.modules():
@@ -366,45 +361,35 @@ class Smooth:
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     averaged = module.running_mean is not None
                     require(averaged, "a BatchNorm without running statistics")
-            floats = (p for p in self.classifier.parameters() if p.is_floating_point())
+            floats = filter(torch.is_floating_point, self.classifier.parameters())
             noisy = noisy.to(next(floats, noisy).dtype)
         logits = self.classifier(noisy)
         self.samples += len(noisy)
-        shape = getattr(logits, "shape", type(logits).__name__)
+        shape = logits.shape if isinstance(logits, Tensor) else type(logits).__name__
         require(shape[:-1] == noisy.shape[:1], f"no logits (B, classes): {shape}")
         self.num_classes = self.num_classes or shape[1]
         same = 1 < shape[1] == self.num_classes
         require(same, f"{self.num_classes} classes, but {shape[1]} logits")
         largest, classes = logits.max(1)  # nan where there is one
-        alone = (logits == largest[:, None]).sum(1) == 1  # +inf, too, is then an answer
+        alone = (logits == largest[:, None]).sum(1) == 1  # +inf is an answer
         require((largest.isfinite() | alone).all(), "logits are not finite")
-        return classes
+        return classes.cpu()
 
 
-def _records(record_type, columns: list) -> list:
+def _records(record_type, columns):
     """A record per image, from a column per field."""
     columns = [c.tolist() if isinstance(c, Tensor) else c for c in columns]
     return [record_type(*row) for row in zip(*columns)]
 
 
-def _full_batches(parts, size: int):
-    """The rows of all parts, `size` at a time; then what is left."""
-    rest = []
-    for part in parts:
-        *full, last = torch.cat([*rest, part]).split(size)
-        yield from full
-        rest = [last]
-    yield from rest
-
-
 # ---- aggregates and files ----
-def two_sided(rows: list[Certificate]) -> list[Certificate]:
+def two_sided(rows) -> list[Certificate]:
     """The same by Theorem 2.1, p_A, p_B at alpha / 2 each; n_b bounds the runner-up.
     Either radius fails with alpha; the larger of both with 1.5 alpha."""
     certificates = []
     for row in rows:
-        counted = getattr(row, "n_b", None) is not None
-        require(counted, "two-sided radii need counts n_a, n_b")
+        counted = isinstance(row, Certificate) and None not in row[:-1]  # but levels
+        require(counted, "two-sided radii need counts, sigma and alpha")
         n = max(row.n, 1)
         p_a = lower_confidence_bound(row.n_a, n, row.alpha / 2)
         p_b = upper_confidence_bound(row.n_b, n, row.alpha / 2)
@@ -424,6 +409,8 @@ def acr_difference(rows, base_rows=None) -> tuple[float, float | None]:
     """Mean and standard error of radius * 1[correct], less base_rows' if given."""
     radii = _float64([row.radius * row.correct for row in rows])
     if base_rows is not None:
+        paired = [row.idx for row in rows] == [row.idx for row in base_rows]
+        require(paired, "rows are not of the same images")
         radii -= _float64([row.radius * row.correct for row in base_rows])
     error = float(radii.std() / math.sqrt(len(radii))) if len(radii) > 1 else None
     return float(radii.mean()), error
@@ -434,29 +421,27 @@ def certified_accuracy(rows, radius: float) -> float:
     return sum(row.correct and row.radius >= radius for row in rows) / len(rows)
 
 
-def write_certificates(file: TextIO, rows: list[Certificate]) -> None:
+def write_certificates(file, rows) -> None:
     """Append rows to an open TSV, after a header if it is empty."""
-    if file.tell() == 0:
-        file.write("\t".join(COLUMNS) + "\n")
-    for row in rows:
-        file.write("\t".join("" if value is None else str(value) for value in row) + "\n")
+    header = [PARSERS] if file.tell() == 0 else []
+    csv.writer(file, "excel-tab", lineterminator="\n").writerows([*header, *rows])
     file.flush()
 
 
 def read_certificates(path) -> list[Certificate]:
     """From a TSV of some or all columns. ValueError names file and line."""
     with open(path, encoding="utf-8-sig", errors="replace") as file:
-        header, *lines = file.read().split("\n")
-    names = header.split("\t")
-    usual = names[:5] == COLUMNS[:5] and set(names) <= set(COLUMNS)
-    require(usual and lines, f"{path}: line 1 heads no certificates in UTF-8")
-    require(lines[-1] == "", f"{path}: line {len(lines) + 1} was cut; remove it")
+        header, *lines = file.readlines() or [""]
+    names = header[:-1].split("\t")
+    usual = names[:5] == [*PARSERS][:5] and set(names) <= set(PARSERS)
+    require(usual, f"{path}: line 1 heads no certificates in UTF-8")
     rows = []
-    for number, line in enumerate(lines[:-1], 2):
+    for number, line in enumerate(lines, 2):
         try:
-            cells = zip(names, line.split("\t"), strict=True)
-            known = [(name, cell) for name, cell in cells if cell or name == "time"]
-            rows.append(Certificate(**{name: PARSERS[name](cell) for name, cell in known}))
+            require(line[-1] == "\n", "it was cut; remove it")
+            cells = zip(names, line[:-1].split("\t"), strict=True)
+            fields = {name: PARSERS[name](cell) for name, cell in cells if cell}
+            rows.append(Certificate(**fields))
             require(0 <= rows[-1].radius < math.inf, "a radius is a number from 0")
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: line {number} is no certificate ({error})") from None

@@ -84,8 +84,7 @@ class DDPG(nn.Module):
         self.actor_optimizer = adam(self.actor.parameters(), config.actor_lr, fused=True)
         self.critic_optimizer = adam(self.critic.parameters(), config.critic_lr, fused=True)
         self.replay = deque(maxlen=config.replay_episodes)  # (s, a, r, s', done) of T rows
-        self.transitions = None  # all of `replay`, concatenated once per episode
-        self.baseline, self.scale, self.episode = None, 1.0, 0
+        self.baseline, self.episode = None, 0
 
     @property
     def noise(self) -> float:
@@ -114,7 +113,7 @@ class DDPG(nn.Module):
         done[-1] = 1
         rewards = torch.full_like(done, reward)
         self.replay.append((states, actions, rewards, next_states, done))
-        self.transitions = None
+        self.transitions = [torch.cat(column) for column in zip(*self.replay)]
         # The critic's unit: the standard deviation of the kept rewards, 1 if all are equal.
         kept = [float(rewards[0]) for _, _, rewards, _, _ in self.replay]
         self.scale = statistics.pstdev(kept) or 1.0
@@ -126,8 +125,6 @@ class DDPG(nn.Module):
     def update(self) -> None:
         """One mini-batch for the critic, the actor and the targets."""
         config = self.config
-        if self.transitions is None:
-            self.transitions = [torch.cat(column) for column in zip(*self.replay)]
         count = len(self.transitions[0])
         rows = torch.randint(count, (config.batch_size,), generator=self.generator)
         state, action, reward, next_state, done = (c[rows] for c in self.transitions)
