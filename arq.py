@@ -392,9 +392,9 @@ def run_search(environment, evaluate, cache, config, path, state, save, agent_cl
         records = state["records"]
     act = agent.act
     agent.act = lambda state: gather(act(state))[0]  # rank 0's
-    again = partial(evaluate, final=True)
+    evaluate_final = partial(evaluate, final=True)
     # Lazy: it ranks the records that are there after the last episode.
-    finalists = reevaluate_finalists(records, config.finalists, again, cache)
+    finalists = reevaluate_finalists(records, config.finalists, evaluate_final, cache)
     began = time.monotonic()
     episodes = search(cache, environment, agent, evaluate)
     for record in itertools.chain(episodes, finalists):
@@ -407,9 +407,9 @@ def run_search(environment, evaluate, cache, config, path, state, save, agent_cl
         write_whole(path / "search.jsonl", "".join(lines).encode())
         state = {"agent": agent.state_dict(), "records": records}
         left = save(state, len(records), config.episodes)
-        again = " again" if "finalist" in record else ""
+        suffix = " again" if "finalist" in record else ""
         best = max(record["acr"] for record in records)
-        print(f"  episode {record['episode'] + 1:>3}/{config.episodes}{again}", end="")
+        print(f"  episode {record['episode'] + 1:>3}/{config.episodes}{suffix}", end="")
         print(f"  ACR {cut(record['acr'])}  best {cut(best)}", end="")
         print(f"  BitOPs {100 * ratio:.3f} %  {left} left", flush=True)
     return best_policy(records)

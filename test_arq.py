@@ -49,8 +49,6 @@ KEY = "0|test"
 
 
 # ---- certify.py: bounds and radii ----
-
-
 def test_radius_worked_by_hand():
     """990 of 1,000 votes at alpha = 0.001: p_A >= 0.97603, R = 0.25 * 1.9780."""
     p_a = certify.lower_confidence_bound(990, 1000, 0.001)
@@ -210,8 +208,6 @@ def test_two_sided_radius_worked_by_hand():
 
 
 # ---- certify.py: sampling and certificates ----
-
-
 def test_noise_and_predictions_do_not_depend_on_the_batch_size():
     images, ids, sizes = pictures(3, 3, 4, 4), [7, 1, 30], torch.tensor([130, 0, 250])
 
@@ -314,8 +310,6 @@ def test_predict_abstains_exactly_where_the_binomial_test_says():
 
 
 # ---- certify.py: incremental certificates ----
-
-
 BASE, CHANGED = slab(-0.5), slab(-0.45)  # some predictions differ
 IMAGES = torch.tensor([0.2, 0.4, 1.0, 0.0]).view(4, 1, 1, 1)  # the last on the wrong side
 
@@ -401,8 +395,6 @@ def test_images_of_the_wrong_class_cost_no_samples():
 
 
 # ---- certify.py: aggregates and files ----
-
-
 def test_certificates_survive_a_round_trip_and_a_cut(tmp_path):
     rows, header = cached().certificates, "idx\tlabel\tpredict\tradius\tcorrect\ttime\n"
     path = tmp_path / "certificates.tsv"
@@ -523,8 +515,6 @@ def test_the_classifier_gives_the_number_of_classes_and_the_type():
 
 
 # ---- models.py ----
-
-
 @functools.cache
 def calibrated(arch, size, quantizer=models.LSQ):
     """BatchNorm scales of any sign, spread logits: calibrated, at 32 bits; table, images."""
@@ -629,8 +619,6 @@ def test_32_bits_are_exactly_the_float_network(arch, size):
 
 
 # ---- models.py: the integer network ----
-
-
 def on_backend(classifier, name):
     """The integer network on one backend; int8 shares with float32 where it saturates."""
     shared = name == "int8" and saturates()
@@ -1042,8 +1030,6 @@ def test_a_refused_network_stays_as_it_was(words):
 
 
 # ---- models.py: the quantizer ----
-
-
 @pytest.mark.parametrize("q_min, q_max", [(0, 15), (-8, 7), (-7, 7)])
 @pytest.mark.parametrize(
     "shape, steps", [((6, 5, 4, 4), ()), ((6, 40), ()), ((6, 5, 3, 3), (6, 1, 1, 1))]
@@ -1140,7 +1126,6 @@ def test_another_quantizer_is_one_class(tmp_path):
 
 
 # ---- models.py: files ----
-
 DESCRIPTION = {"arch": "resnet8", "image_size": 32, "sigma": 0.25, "dataset": "cifar10"}
 DESCRIPTION["classes"] = list("abcdefghij")
 
@@ -1259,8 +1244,6 @@ def test_public_checkpoint_layouts(tmp_path):
 
 
 # ---- ddpg.py ----
-
-
 def best_rewards(seed: int, episodes: int = 60) -> list[float]:
     """The best reward that agent, control and random search find, with equal evaluations.
 
@@ -1388,8 +1371,6 @@ def test_an_agent_continues_from_its_state():
 
 
 # ---- arq.py: environment and budget ----
-
-
 def tiny_table(count=4):
     """Equal layers in a row: 1,000 MACs and 100 weights each."""
     return [models.Layer(f"l{i}", 3, 4, 3, 1, 8, 100, 1000, False) for i in range(count)]
@@ -1454,8 +1435,6 @@ def test_a_budget_takes_from_the_last_layer_back_inputs_first():
 
 
 # ---- arq.py: Algorithm 1 ----
-
-
 def base_cache():
     """Two images of radius 0.4 and 0.2: a base ACR of 0.3."""
     rows = [certify.Certificate(i, 0, 0, r, 1, "") for i, r in enumerate((0.4, 0.2))]
@@ -1607,8 +1586,6 @@ def test_a_policy_that_came_up_twice_is_one_finalist(tmp_path):
 
 
 # ---- arq.py: images ----
-
-
 def test_shapes_are_the_same_everywhere_and_balanced():
     images = arq.draw_shapes(50, seed=3, size=32)
     pixels = images.batch(range(50))
@@ -1686,8 +1663,6 @@ def test_folders_in_any_size_stream(tmp_path):
 
 
 # ---- arq.py: training ----
-
-
 @pytest.mark.parametrize("bits", [32, 3])
 def test_training_continues_bit_for_bit(bits):
     """From the state of the last whole epoch: 4 batches each, stopped in the second."""
@@ -1771,8 +1746,6 @@ def test_mixed_precision_trains_nearly_as_float32(monkeypatch):
 
 
 # ---- arq.py: the run folder ----
-
-
 def test_a_product_is_made_once_and_its_work_continues_from_what_it_saved(tmp_path):
     states = []
 
@@ -1831,8 +1804,6 @@ def test_a_run_folder_has_one_process_and_a_broken_state_is_named(tmp_path):
 
 
 # ---- arq.py: the command ----
-
-
 def fails(arguments, capsys, *words, code=2) -> bool:
     """This exit code and one line that holds all the words."""
     assert arq.main(arguments) == code
@@ -2152,8 +2123,6 @@ def test_an_unreadable_image_in_an_epoch(tmp_path, monkeypatch, capsys):
 
 
 # ---- arq.py: several processes, large images ----
-
-
 @pytest.mark.slow
 def test_two_processes_give_the_certificates_of_one(copied_run):
     """Without training in between: the same rewards, policies, network and certificates."""
@@ -2239,7 +2208,6 @@ def test_large_images_go_through_every_stage(tmp_path, monkeypatch):
 
 
 # ---- the repository ----
-
 MODULES = {n: (HERE / f"{n}.py").read_text() for n in ("arq", "models", "certify", "ddpg")}
 
 

@@ -128,7 +128,8 @@ def expected_radius(outlook: Outlook, samples: Tensor, alpha: float) -> Tensor:
     samples = samples.double().clamp(min=2)[..., None]
     size = samples * (weight + 1) / (weight + samples) - 1
     quantiles = (torch.arange(6) + 0.5) / 6
-    votes = torch.as_tensor(betaincinv(p * size, (1 - p) * size, quantiles)) * samples
+    shapes = (p * size).numpy(), ((1 - p) * size).numpy()
+    votes = torch.as_tensor(betaincinv(*shapes, quantiles.numpy())) * samples
     return certified_radius(lower_confidence_bound(votes, samples, alpha), 1.0).mean(-1)
 
 
