@@ -8,7 +8,7 @@ NCHW), float at its best (folded, channels_last), fake-quantized as usual (scale
 and back, at every call), and integer networks; 4 bits, first and last layer 8. training:
 quantized and float ResNet-20 in float32 and bfloat16, over float in float32. Prints, and
 writes results/speed.json, by instruction set: ONEDNN_MAX_CPU_ISA=AVX2 in front makes a
-processor one without VNNI.
+processor one without VNNI; "bfloat16" marks processors that have it.
 """
 
 import argparse
@@ -175,6 +175,7 @@ def main(argv=None) -> None:
         measured[f"{threads} threads"] = parts
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     name = os.environ.get("ONEDNN_MAX_CPU_ISA", "all instructions")
+    name += ", bfloat16" if arq.BFLOAT16["cpu"] else ""
     arq.write_whole(RESULTS, {**results, name: measured})
     print(json.dumps(measured, indent=1))
 
