@@ -865,14 +865,15 @@ def test_a_fused_network_that_differs_is_not_handed_out(monkeypatch):
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("backend", backends())
 def test_what_is_not_finite_never_becomes_an_integer(backend, value):
-    net, x = Formed(lambda net, x: net.block(net.a(net.factor * x))), torch.rand(2, 3, 8, 8)
+    """Not where it comes in between layers, either."""
+    net, x = Formed(lambda net, x: net.block(net.factor * net.a(x))), torch.rand(2, 3, 8, 8)
     net.b, net.factor = nn.Identity(), 1.0
     set_up(net, x, 8)
     network = on_backend(net, backend)
     network(x)
     net.factor = network.factor = value
     for call in (lambda: network(x), lambda: models.calibrate(net, [x])):
-        with pytest.raises(ValueError, match="^layer a: its input is not finite$"):
+        with pytest.raises(ValueError, match="^layer block.conv1: its input is not finite$"):
             call()
     network = on_backend(quantized()[0], backend)  # fused
     x[1, 2, 3, 4] = value
@@ -1678,7 +1679,12 @@ def test_training_continues_bit_for_bit(bits):
     def train(state=None, loss=arq.noise_augmentation):
         """The network, and the state after each epoch."""
         classifier, states = quantized("resnet8", 16, bits)[0], []
-        save = lambda state, *_: state and states.append(copy.deepcopy(state))  # noqa: E731
+
+        def save(state, done, total):
+            assert state or done < total  # without a state, the work is not done
+            if state:
+                states.append(copy.deepcopy(state))
+
         with contextlib.suppress(KeyboardInterrupt):
             arq.train(classifier, images, config, 12, 0.1, "base", 1e-4, state, save, loss)
         return classifier.state_dict().values(), states
