@@ -1682,8 +1682,7 @@ def test_training_continues_bit_for_bit(bits):
 
         def save(state, done, total):
             assert state or done < total  # without a state, the work is not done
-            if state:
-                states.append(copy.deepcopy(state))
+            states.extend(copy.deepcopy([state] if state else []))
 
         with contextlib.suppress(KeyboardInterrupt):
             arq.train(classifier, images, config, 12, 0.1, "base", 1e-4, state, save, loss)
@@ -1881,7 +1880,6 @@ SMALL = (
 
 @pytest.fixture(scope="session", autouse=True)
 def tree():
-    """The images of SMALL runs."""
     image_tree(TREE, ((12, 12),), train=150, test=10, difference=10)
     yield
     shutil.rmtree(TREE)
