@@ -40,10 +40,10 @@ from pathlib import Path
 from zipfile import is_zipfile
 
 import torch
-import torchvision
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.folder import Image  # PIL's
 from torchvision.transforms.v2 import functional as TF
 
@@ -165,7 +165,8 @@ def reevaluate_finalists(records, count: int, evaluate, cache) -> Iterator[dict]
     already = len(records) - len(episodes)
     for record in ranked[already:count]:
         known = {"episode": record["episode"], "policy": record["policy"]}
-        yield known | {"finalist": True, "acr": evaluate(record["policy"], cache)}
+        acr = evaluate(record["policy"], cache, final=True)
+        yield known | {"finalist": True, "acr": acr}
 
 
 def best_policy(records: list[dict]) -> Policy:
@@ -306,7 +307,6 @@ def run(config: Config) -> None:
     contents = {"training set": images.fingerprint()}
     contents["test set"] = test_images.fingerprint()
     train_images, search_images = hold_out(images, config.search_images)
-    test_images = test_images.subset(evenly_spaced(config.images, len(test_images)))
     base = build_base(config, len(images.classes))
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
     environment = BitWidthEnvironment(table, config.budget)
@@ -364,7 +364,6 @@ def evaluate_saved(config: Config) -> None:
     require(same, f"{file}: other classes; give its --data")
     contents = {"test set": images.fingerprint(), "network": digest(file.read_bytes())}
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
-    images = images.subset(evenly_spaced(config.images, len(images)))
     network = integer_network(classifier, config)
     rows = certified(folder, "certificate", network, images, config)
     report(summarize(rows, network, table, description["policy"], config, file), folder)
@@ -392,9 +391,8 @@ def run_search(environment, evaluate, cache, config, path, state, save, agent_cl
         records = state["records"]
     act = agent.act
     agent.act = lambda state: gather(act(state))[0]  # rank 0's
-    evaluate_final = partial(evaluate, final=True)
     # Lazy: it ranks the records that are there after the last episode.
-    finalists = reevaluate_finalists(records, config.finalists, evaluate_final, cache)
+    finalists = reevaluate_finalists(records, config.finalists, evaluate, cache)
     began = time.monotonic()
     episodes = search(cache, environment, agent, evaluate)
     for record in itertools.chain(episodes, finalists):
@@ -424,7 +422,8 @@ def finetune_best(classifier, base, table, images, config, state, save) -> bytes
 
 
 def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config) -> list:
-    """Certificates of the test images; purpose names noise and table."""
+    """Certificates of some test images; purpose names noise and table."""
+    images = images.subset(evenly_spaced(config.images, len(images)))
     work = certify_images, network, images, config, purpose
     file = folder.make(f"{purpose}s", f"{purpose.replace(' ', '_')}s.tsv", *work)
     rows = certify.read_certificates(file)
@@ -553,6 +552,7 @@ def write_whole(path: Path, value) -> None:
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         file.write(value)
+        file.flush()
         os.fsync(file.fileno())
     os.replace(part, path)
 
@@ -755,7 +755,7 @@ def load_images(config: Config, train: bool) -> ImageSet:
         images = draw_shapes(8000 if train else 1000, seed=0 if train else 1, size=size)
     elif folder.is_dir():
         try:
-            tree = torchvision.datasets.ImageFolder(folder)
+            tree = ImageFolder(folder)
         except FileNotFoundError as error:  # a class has no images
             raise ValueError(f"{folder}: {str(error).split('. ')[0]}") from None
         source, labels = map(list, zip(*tree.samples))
@@ -764,7 +764,18 @@ def load_images(config: Config, train: bool) -> ImageSet:
             source = [read_image(path, size) for path in source]
         images = ImageSet(labels, tree.classes, size, source)
     elif config.dataset == "cifar10":
-        images = read_cifar10(root, train, size)
+        try:
+            if RANK == 0 and not (root / "cifar-10-batches-py").is_dir():
+                CIFAR10(root, download=True)  # the others wait
+            gather(None)
+            data = CIFAR10(root, train)
+        except Exception:  # of many kinds, with one remedy
+            message = f"no CIFAR-10 in --data {root}; unpack {CIFAR10.url} there"
+            raise ValueError(message) from None
+        labels, order = torch.tensor(data.targets).sort(stable=True)
+        pixels = torch.from_numpy(data.data)[order].permute(0, 3, 1, 2)
+        pixels = TF.resize(pixels, [size, size]).contiguous()
+        images = ImageSet(labels.tolist(), data.classes, size, list(pixels))
     else:
         raise ValueError(f"--data {root}: no train/<class>/*, and test/ or val/")
     require(len(images.classes) > 1, f"--data {root}: at least two classes are needed")
@@ -784,23 +795,6 @@ def read_image(path: str, size: int) -> Tensor:
         message = f"{path}: no readable image ({str(error)[:80]}); repair or remove it"
         raise ValueError(message) from None
     return TF.center_crop(TF.resize(image, [size]), [size, size])
-
-
-def read_cifar10(root: Path, train: bool, size: int) -> ImageSet:
-    """CIFAR-10; rank 0 downloads it if it is not there."""
-    try:
-        if RANK == 0 and not Path(root, "cifar-10-batches-py").is_dir():
-            torchvision.datasets.CIFAR10(root, download=True)
-        gather(None)
-        data = torchvision.datasets.CIFAR10(root, train)
-    except Exception:  # of many kinds, with one remedy
-        source = "cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
-        message = f"no CIFAR-10 in --data {root}; unpack {source} there"
-        raise ValueError(message) from None
-    labels, order = torch.tensor(data.targets).sort(stable=True)
-    pixels = torch.from_numpy(data.data)[order].permute(0, 3, 1, 2)
-    pixels = TF.resize(pixels, [size, size]).contiguous()
-    return ImageSet(labels.tolist(), data.classes, size, list(pixels))
 
 
 def draw_shapes(count: int, seed: int, size: int) -> ImageSet:

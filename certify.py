@@ -154,10 +154,6 @@ class Certificate(NamedTuple):  # other tools know the first six fields only
     levels: int | None = None  # of the noise's grid; none: float noise
 
 
-PARSERS = dict.fromkeys(Certificate._fields, int)  # by column
-PARSERS |= {"radius": float, "time": str, "sigma": float, "alpha": float}
-
-
 class ReplayCache(NamedTuple):
     certificates: list[Certificate]  # of f
     predictions: Tensor  # f's class for each sample (B, n); 0 if skipped
@@ -247,7 +243,7 @@ class Smooth:
         return ReplayCache(rows, nn.functional.pad(predictions, (0, missing)), key)
 
     def predict(self, images, ids=None, n=1000, alpha=0.001):
-        """PREDICT (Cohen et al., section 3.2.1): classes, each wrong by alpha at most."""
+        """PREDICT (Cohen et al., 3.2.1): classes, each wrong by alpha at most."""
         alpha = self._alpha(alpha / 2, images, n)
         ids = range(len(images)) if ids is None else ids
         # counts <- SampleUnderNoise(f, x, n, sigma)
@@ -423,24 +419,26 @@ def certified_accuracy(rows, radius: float) -> float:
 
 def write_certificates(file, rows) -> None:
     """Append rows to an open TSV, after a header if it is empty."""
-    header = [PARSERS] if file.tell() == 0 else []
+    header = [Certificate._fields] if file.tell() == 0 else []
     csv.writer(file, "excel-tab", lineterminator="\n").writerows([*header, *rows])
     file.flush()
 
 
 def read_certificates(path) -> list[Certificate]:
-    """From a TSV of some or all columns. ValueError names file and line."""
+    """From a TSV of some or all columns. ValueError names the line."""
+    parsers = dict.fromkeys(Certificate._fields, int)
+    parsers |= {"radius": float, "time": str, "sigma": float, "alpha": float}
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         header, *lines = file.readlines() or [""]
     names = header[:-1].split("\t")
-    usual = names[:5] == [*PARSERS][:5] and set(names) <= set(PARSERS)
+    usual = names[:5] == [*parsers][:5] and set(names) <= set(parsers)
     require(usual, f"{path}: line 1 heads no certificates in UTF-8")
     rows = []
     for number, line in enumerate(lines, 2):
         try:
             require(line[-1] == "\n", "it was cut; remove it")
             cells = zip(names, line[:-1].split("\t"), strict=True)
-            fields = {name: PARSERS[name](cell) for name, cell in cells if cell}
+            fields = {name: parsers[name](cell) for name, cell in cells if cell}
             rows.append(Certificate(**fields))
             require(0 <= rows[-1].radius < math.inf, "a radius is a number from 0")
         except (ValueError, TypeError) as error:

@@ -176,25 +176,12 @@ class FakeQuantize(torch.autograd.Function):
         return grad_v, grad_step * ctx.gradient_scale, None, None, None
 
 
-@torch.no_grad()
-def best_step(v: Tensor, q_min: int, q_max: int) -> Tensor:
-    """Step of the least squared error for each row of v (rows, n): (rows,)."""
-    largest = v.abs().amax(1, keepdim=True).clamp_min(1e-8)
-    shares = torch.linspace(0.15, 1.0, 32).tolist()
-    steps = [share * largest / q_max for share in shares]
-    errors = [(quantize(v, s, q_min, q_max) * s - v).square_().sum(1) for s in steps]
-    best = torch.stack(errors).argmin(0)
-    return torch.cat(steps, 1).gather(1, best[:, None]).squeeze(1)
-
-
 class LSQ(nn.Module):
     """The quantizer of one operand: learned step sizes, simulated bits in training.
 
     channels: of a weight, a step for each, a symmetric range; None: an input, one step.
     Another is a subclass with `initial_step`, `forward` and, of weights, `integers`:
     step * integers(v) is certified; of inputs, step * round(v / step), clipped."""
-
-    initial_step = staticmethod(best_step)  # (v (rows, elements), q_min, q_max) -> (rows,)
 
     def __init__(self, channels: int | None = None):
         super().__init__()
@@ -203,6 +190,16 @@ class LSQ(nn.Module):
         self.register_buffer("signed", torch.tensor(self.is_weight))  # inputs: calibrate
         self.step = nn.Parameter(torch.ones(shape))
         self.register_buffer("initial_steps", torch.zeros(MAX_BITS + 1, *shape))  # by bits
+
+    @staticmethod
+    def initial_step(v: Tensor, q_min: int, q_max: int) -> Tensor:
+        """Step of the least squared error of each row of v (rows, n)."""
+        largest = v.abs().amax(1, keepdim=True).clamp_min(1e-8)
+        shares = torch.linspace(0.15, 1.0, 32).tolist()
+        steps = [share * largest / q_max for share in shares]
+        errors = [(quantize(v, s, q_min, q_max) * s - v).square_().sum(1) for s in steps]
+        best = torch.stack(errors).argmin(0)
+        return torch.cat(steps, 1).gather(1, best[:, None]).squeeze(1)
 
     @torch.no_grad()
     def observe(self, v: Tensor) -> None:
@@ -234,9 +231,6 @@ class LSQ(nn.Module):
 
 
 # ---- layers ----
-AS_CONVOLUTION = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
-
-
 def check_input(name: str, x: Tensor) -> None:
     """ValueError unless an input is finite, (B, C, H, W) or (B, features)."""
     shape = tuple(x.shape)
@@ -252,7 +246,8 @@ class QuantLayer(nn.Module):
         super().__init__()
         self.name, self.in_shape = name, in_shape
         self.weight, self.bias, self.norm = layer.weight, layer.bias, norm
-        self.conv = {key: getattr(layer, key, one) for key, one in AS_CONVOLUTION.items()}
+        usual = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+        self.conv = {key: getattr(layer, key, value) for key, value in usual.items()}
         self.weight_quantizer = quantizer(len(layer.weight))
         self.input_quantizer = quantizer()
         self.w_bits = self.a_bits = FLOAT_BITS
@@ -355,7 +350,7 @@ def body_of(classifier: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> list[Layer]:
-    """Put QuantLayers for convolutions and linear layers, with BatchNorms they feed.
+    """Put QuantLayers for convolutions and linear layers, with their BatchNorms.
 
     All start at 32 bits; other BatchNorms stay float. quantizer: a class as LSQ.
     Returns the layer table, by a pass of random square images. ValueError, with the name
@@ -364,18 +359,18 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
     for name, module in classifier.named_modules():
         title = f"layer {name}, {type(module).__name__},"
         require(is_plain(module), f"{title} has its own forward, padding or weights")
-    first = next(m for m in classifier.modules() if isinstance(m, LAYERS))
+    first = next((m for m in classifier.modules() if isinstance(m, LAYERS)), None)
+    require(first is not None, "no convolution and no linear layer is there")
     channels, weight = getattr(first, "in_channels", 3), first.weight
     require(weight.dtype == torch.float32, f"the network is in {weight.dtype}")
     probe = torch.rand(2, channels, image_size, image_size, device=weight.device)
-    expected, layers = trace(copy.deepcopy(classifier).eval(), probe)
-    without_norms = [(row, in_shape, None) for row, in_shape, _ in layers]
-    for layers in (layers, without_norms):
+    expected, layers, norms = trace(copy.deepcopy(classifier).eval(), probe)
+    for norms in (norms, {}):
         trial = copy.deepcopy(classifier).eval()
-        replace_layers(trial, layers, quantizer)
+        replace_layers(trial, layers, norms, quantizer)
         if torch.equal(trial(probe), expected):
-            replace_layers(classifier, layers, quantizer)
-            return [row for row, *_ in layers]
+            replace_layers(classifier, layers, norms, quantizer)
+            return [row for row, _ in layers]
     raise ValueError("with QuantLayers the network computes otherwise: hooks?")
 
 
@@ -388,17 +383,16 @@ def is_plain(module: nn.Module) -> bool:
     return usual and zeros and "weight" in module._parameters
 
 
-def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
-    """The logits of a probe; each layer's row, input shape and BatchNorm."""
-    body, layers, norms = body_of(classifier), {}, {}  # by tensors, kept alive
+def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple], dict]:
+    """The logits of a probe; each layer's row and input shape; BatchNorms by layer."""
+    body, layers, norms = body_of(classifier), {}, {}  # layers by output, kept alive
 
     def keep(name, module, inputs, out):
         require(inputs, f"layer {name} is called by keyword")
         if isinstance(module, LAYERS):
-            in_shape = (*inputs[0].shape[1:], 1, 1)[:3]
-            layers[out] = layer_row(name, module, inputs[0], out), in_shape
-        elif module.affine and module.track_running_stats:
-            norms[inputs[0]] = name
+            layers[out] = layer_row(name, module, inputs[0], out)
+        elif inputs[0] in layers and module.affine and module.track_running_stats:
+            norms[layers[inputs[0]][0].name] = name
 
     for name, module in body.named_modules():
         if isinstance(module, LAYERS + NORMS):
@@ -411,11 +405,11 @@ def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple]]:
     for name, module in body.named_modules(remove_duplicate=False):
         times = called.count(name) if isinstance(module, LAYERS) else 1
         require(times == 1, f"layer {name} runs {times} times by this name (aux_logits?)")
-    return logits, [(*layer, norms.get(out)) for out, layer in layers.items()]
+    return logits, [*layers.values()], norms
 
 
-def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> Layer:
-    """The row of a layer that made out of x."""
+def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> tuple:
+    """The row of a layer that made out of x, and the shape of its input."""
     shape, sides = tuple(x.shape), (1, 1, 1)
     batch = len(shape) == module.weight.ndim and shape[0] == 2
     require(batch, f"layer {name} is on {shape}, not (B, features) or maps")
@@ -424,17 +418,18 @@ def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> Layer:
     weights = module.weight.numel()
     macs = weights * out[0, 0].numel()  # weights times output positions
     depthwise = getattr(module, "groups", 1) == shape[1] > 1
-    return Layer(name, shape[1], out.shape[1], *sides, weights, macs, depthwise)
+    row = Layer(name, shape[1], out.shape[1], *sides, weights, macs, depthwise)
+    return row, (*shape[1:], 1, 1)[:3]
 
 
-def replace_layers(classifier: nn.Module, layers: list[tuple], quantizer) -> None:
+def replace_layers(classifier: nn.Module, layers: list[tuple], norms, quantizer) -> None:
     """Put QuantLayers in place, in the same mode."""
     body = body_of(classifier)
-    for row, in_shape, norm_name in layers:
+    for row, in_shape in layers:
         layer, norm = body.get_submodule(row.name), nn.Identity()
-        if norm_name is not None:
-            norm = body.get_submodule(norm_name)
-            body.set_submodule(norm_name, nn.Identity())
+        if row.name in norms:
+            norm = body.get_submodule(norms[row.name])
+            body.set_submodule(norms[row.name], nn.Identity())
         quantized = QuantLayer(row.name, layer, norm, in_shape, quantizer)
         quantized = quantized.train(layer.training).to(layer.weight.device)
         body.set_submodule(row.name, quantized)
@@ -474,11 +469,12 @@ def set_policy(classifier: nn.Module, policy: Policy) -> None:
 def calibrate(classifier: nn.Module, batches, values: int = 65536) -> None:
     """Find initial steps for each width, and signed inputs; leaves 32 bits.
 
-    batches: noisy images (B, 3, H, W), split anyhow. Steps have the least squared error
+    batches: noisy images (B, C, H, W), split anyhow. Steps have the least squared error
     on weights and on about `values` inputs of each layer, drawn at random, seeded.
     ValueError for inputs that are not finite."""
-    layers, images = quant_layers(classifier, QuantLayer).values(), sum(map(len, batches))
-    seen = {layer: [] for layer in layers}
+    layers, batches = quant_layers(classifier, QuantLayer).values(), list(batches)
+    images, seen = sum(map(len, batches)), {layer: [] for layer in layers}
+    require(images > 0, "calibrate needs images")
     generator = torch.Generator().manual_seed(0)
 
     def keep(layer, inputs):
@@ -496,6 +492,7 @@ def calibrate(classifier: nn.Module, batches, values: int = 65536) -> None:
         for layer in layers:
             layer.set_bits(FLOAT_BITS, FLOAT_BITS)
             layer.input_quantizer.signed.fill_(False)
+            layer.input_quantizer.initial_steps.zero_()  # until all inputs were seen
             hooks.enter_context(layer.register_forward_pre_hook(keep))
         for batch in batches:
             classifier(batch)
@@ -575,10 +572,12 @@ def has_exact_sums(layer: IntegerLayer, backend: str, batch: int) -> bool:
     q[1] = layer.q_min
     q[1, :, : (layer.in_shape[1] + 1) // 2] = layer.q_max
     exact = F.conv2d(q.double(), layer.weight.cpu().double(), **layer.conv).float()
-    copies, device = (max(1, batch // 2), 1, 1, 1), layer.weight.device
+    copies, device = ((batch + 1) // 2, 1, 1, 1), layer.weight.device
     many = q.float().repeat(copies).to(device, memory_format=torch.channels_last)
     try:
         sums = BACKENDS[backend](layer).accumulate(many)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError, TypeError, AttributeError):  # not on this device
         return False
     return torch.equal(sums, exact.to(device).repeat(copies))
