@@ -232,8 +232,9 @@ class LSQ(nn.Module):
 
 # ---- layers ----
 def check_input(name: str, x: Tensor) -> None:
-    """ValueError unless an input is finite, (B, C, H, W) or (B, features)."""
+    """ValueError unless x is finite floats (B, C, H, W) or (B, features)."""
     shape = tuple(x.shape)
+    require(x.is_floating_point(), f"layer {name}: its input is not of floats")
     require(len(shape) in (2, 4), f"layer {name}: its input {shape} has no batch axis")
     require(x.sum().isfinite(), f"layer {name}: its input is not finite")
 
@@ -309,7 +310,8 @@ class IntegerLayer(nn.Module):
     def forward(self, x: Tensor, *fused) -> Tensor:
         if x.ndim == 2:
             return self.forward(x[:, :, None, None], *fused).flatten(1)
-        if not self.reads_kernel and x.is_floating_point():
+        integers = len(fused) == 3  # inside a FusedBlock
+        if not self.reads_kernel and not integers:
             check_input(self.name, x)
         return self.compute(x, *fused)
 
@@ -685,7 +687,7 @@ warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 
 
 class Int8Layer(IntegerLayer):
-    """The same on oneDNN, from floats or uint8, to floats or a reader's uint8."""
+    """The same on oneDNN; in a FusedBlock from and to uint8, too."""
 
     def __init__(self, layer: IntegerLayer):
         nn.Module.__init__(self)

@@ -44,7 +44,7 @@ from certify import ABSTAIN, Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig, actor_loss, critic_loss, soft_update
 
 HERE = Path(__file__).parent
-LINES = 2319
+LINES = 2321
 KEY = "0|test"
 
 
@@ -870,7 +870,6 @@ def test_what_is_not_finite_never_becomes_an_integer(backend, value):
     net.b, net.factor = nn.Identity(), 1.0
     set_up(net, x, 8)
     network = on_backend(net, backend)
-    network(x)
     net.factor = network.factor = value
     for call in (lambda: network(x), lambda: models.calibrate(net, [x])):
         with pytest.raises(ValueError, match="^layer block.conv1: its input is not finite$"):
@@ -878,6 +877,8 @@ def test_what_is_not_finite_never_becomes_an_integer(backend, value):
     with pytest.raises(ValueError, match="calibrate before"):  # half of it does not count
         models.set_policy(net, dict.fromkeys(models.quant_layers(net), [8, 8]))
     network = on_backend(quantized()[0], backend)  # fused
+    with pytest.raises(ValueError, match="^layer conv1: its input is not of floats$"):
+        network.net((255 * x).byte())
     x[1, 2, 3, 4] = value
     with pytest.raises(ValueError, match="^layer conv1: its input is not finite$"):
         network(x)
