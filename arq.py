@@ -57,26 +57,23 @@ from models import Classifier, Layer, Policy, require
 # ---- Algorithm 1 ----
 class BitWidthEnvironment:
     """An episode decides on the bits of weights and of input, layer by layer.
-
     The first and the last layer keep 8 bits and are not visited. A state (10,) holds
     features (HAQ, section 3.2), min-max normalised, and the previous bits.
     Raises ValueError if 2 bits everywhere do not fit the budget."""
 
     def __init__(self, table: list[Layer], budget: float):
         require(len(table) > 2, "no layer stands between the first and the last")
-        narrowest = models.uniform_policy(table, models.MIN_BITS)
-        models.enforce_budget(table, narrowest, budget)
         self.table, self.budget = table, budget
-        self.decisions, features = [], []
-        for index, layer in enumerate(table[1:-1]):
+        self.decisions = list(itertools.product(table[1:-1], (0, 1)))  # of [b_w, b_a]
+        features = []
+        for index, (layer, operand) in enumerate(self.decisions):
             shape = [layer.c_in, layer.c_out, layer.kernel, layer.stride, layer.map_size]
-            for operand in (0, 1):  # of a policy's [b_w, b_a]
-                self.decisions.append((layer, operand))
-                features.append([index, *shape, layer.weights, layer.depthwise, operand])
+            features.append([index // 2, *shape, layer.weights, layer.depthwise, operand])
         features = torch.tensor(features, dtype=torch.float32)
         low, high = features.amin(0), features.amax(0)
         self.features = (features - low) / (high - low).clamp_min(1e-9)
         self.state_size = features.shape[1] + 1
+        self.rollout(lambda state: 0.0)  # whether 2 bits fit the budget
 
     @staticmethod
     def bits(action: float) -> int:
@@ -102,7 +99,6 @@ class BitWidthEnvironment:
 
 def evaluate_policy(policy, cache, start, base, images, search_pixels, config, final=False):
     """ACR(g^P) of a policy P on the search images (B, C, H, W), by IRS.
-
     cache: what f, the base, predicts on these; start: a copy of f from `prepare`
     images: those to fine-tune on, by the recipe of the best policy
     Episodes replay one noise, which the search may exploit: its best policy is certified
@@ -134,7 +130,6 @@ def relative_gain(acr: float, base_acr: float) -> float:
 
 def search(cache, environment, agent, evaluate, reward=relative_gain) -> Iterator[dict]:
     """Algorithm 1, a record per episode; it goes on from the agent's count of episodes.
-
     cache: f's ReplayCache; agent: a DDPG or the like
     evaluate(policy, cache): ACR(g^P), as `evaluate_policy`; reward(ACR(g^P), ACR(g))"""
     # 1: ACR(g) of the float network, from FullRobustCertify(f)
@@ -156,7 +151,6 @@ def search(cache, environment, agent, evaluate, reward=relative_gain) -> Iterato
 
 def reevaluate_finalists(records, count: int, evaluate, cache) -> Iterator[dict]:
     """The best of many noisy rewards is partly luck: the best are evaluated again.
-
     records: those of `search` and, after an interruption, of the finalists so far."""
     episodes = [record for record in records if "finalist" not in record]
     by_acr = sorted(episodes, key=lambda record: record["acr"])
@@ -216,7 +210,6 @@ def train(
     loss: Callable = noise_augmentation,
 ) -> dict[str, Tensor]:
     """Nesterov SGD in place, under Gaussian noise; the weights. Ends in evaluation mode.
-
     The rate rises over a fifth of the batches, then falls along a cosine; decay spares
     step sizes, biases and BatchNorm. config: its seed, sigma and batch_size.
     loss(network, x, noise, labels): losses (B,), as `noise_augmentation`
@@ -462,10 +455,6 @@ def read_cache(file: Path) -> ReplayCache:
 
 
 # ---- the run folder ----
-FREE = "out", "data", "eval_batch"  # options that change no result
-SAVED_OPTIONS = "dataset", "arch", "image_size", "sigma"  # in the file of a network
-
-
 class RunFolder:
     """The files of one run. A product that is there is done; work in progress goes on
     from state.pt. ValueError, before anything is touched: a folder in use, or of other
@@ -587,6 +576,8 @@ def digest(data: bytes) -> str:
 
 
 # ---- options ----
+FREE = "out", "data", "eval_batch"  # options that change no result
+SAVED_OPTIONS = "dataset", "arch", "image_size", "sigma"  # in the file of a network
 LONG = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 12.0, "episodes": 600}
 LONG |= {"episode_batches": 48, "search_images": 200, "search_n": 1000, "n_p": 250}
 LONG |= {"images": 500, "n": 10_000, "finalists": 5}
@@ -644,9 +635,8 @@ def flag(name: str) -> str:
 
 def parse_config(argv=None) -> Config:
     """Options from the command line. ValueError for those that cannot work."""
-    about = f"Defaults are those for shapes. For cifar10: {PRESETS['cifar10']}"
-    settings = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
-    parser = argparse.ArgumentParser(description=about, **settings)
+    parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.description = f"Defaults are those for shapes. For cifar10: {PRESETS['cifar10']}"
     parser.error = lambda message: require(False, f"{message} (see --help)")
     kinds = {"int": int, "float": float, "str": str}
     for field in dataclasses.fields(Config):
@@ -656,7 +646,6 @@ def parse_config(argv=None) -> Config:
         kind = kinds[field.type]
         group.add_argument(flag(field.name), help=text, choices=choices, type=kind)
     given = vars(parser.parse_args(argv))
-
     if "evaluate" in given:
         saved, _ = models.read_packed(given["evaluate"])
         for name in given.keys() & {"arch", "image_size", "checkpoint", "policy"}:

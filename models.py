@@ -149,7 +149,6 @@ def quantize(v: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
 
 class FakeQuantize(torch.autograd.Function):
     """step * round(clip(v / step)) with LSQ's gradients (Esser et al., 2.1).
-
     For v: 1 inside the clip range, else 0. For the step: q - v/step inside, q outside,
     over Q^2 sqrt(N), with N elements per step (of one sample); LSQ has sqrt(N Q)."""
 
@@ -178,7 +177,6 @@ class FakeQuantize(torch.autograd.Function):
 
 class LSQ(nn.Module):
     """The quantizer of one operand: learned step sizes, simulated bits in training.
-
     channels: of a weight, a step for each, a symmetric range; None: an input, one step.
     Another is a subclass with `initial_step`, `forward` and, of weights, `integers`:
     step * integers(v) is certified; of inputs, step * round(v / step), clipped."""
@@ -284,7 +282,6 @@ class QuantLayer(nn.Module):
 
 class IntegerLayer(nn.Module):
     """A frozen layer in floats: conv(round(x / a_step), weight) * scale + shift.
-
     weight: int8 (c_out, c_in / groups, h, w); a_step: (); scale, shift: (c_out,).
     float32 holds integers below 2^24; larger sums are taken in float64."""
 
@@ -353,14 +350,18 @@ def body_of(classifier: nn.Module) -> nn.Module:
 @torch.no_grad()
 def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> list[Layer]:
     """Put QuantLayers for convolutions and linear layers, with their BatchNorms.
-
     All start at 32 bits; other BatchNorms stay float. quantizer: a class as LSQ.
     Returns the layer table, by a pass of random square images. ValueError, with the name
     of the layer, and the network as it was, unless each layer runs once, nothing else has
     weights, and 32 bits compute what the float network did."""
     for name, module in classifier.named_modules():
+        plain = all(p.numel() <= max(p.shape, default=1) for p in module.parameters(False))
+        if isinstance(module, LAYERS):
+            usual = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
+            zeros = getattr(module, "padding_mode", "zeros") == "zeros"
+            plain = usual and zeros and "weight" in module._parameters
         title = f"layer {name}, {type(module).__name__},"
-        require(is_plain(module), f"{title} has its own forward, padding or weights")
+        require(plain, f"{title} has its own forward, padding or weights")
     first = next((m for m in classifier.modules() if isinstance(m, LAYERS)), None)
     require(first is not None, "no convolution and no linear layer is there")
     channels, weight = getattr(first, "in_channels", 3), first.weight
@@ -376,17 +377,8 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
     raise ValueError("with QuantLayers the network computes otherwise: hooks?")
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether QuantLayers stand for all weights of its own but vectors."""
-    if not isinstance(module, LAYERS):
-        return all(p.numel() <= max(p.shape, default=1) for p in module.parameters(False))
-    usual = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
-    zeros = getattr(module, "padding_mode", "zeros") == "zeros"
-    return usual and zeros and "weight" in module._parameters
-
-
 def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple], dict]:
-    """The logits of a probe; each layer's row and input shape; BatchNorms by layer."""
+    """Logits of a probe; each layer's row and input shape; BatchNorms by layer."""
     body, layers, norms = body_of(classifier), {}, {}  # layers by output, kept alive
 
     def keep(name, module, inputs, out):
@@ -418,7 +410,7 @@ def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> tuple:
     if isinstance(module, nn.Conv2d):
         sides = module.kernel_size[0], module.stride[0], shape[-1]
     weights = module.weight.numel()
-    macs = weights * out[0, 0].numel()  # weights times output positions
+    macs = weights * out[0, 0].numel()  # times output positions
     depthwise = getattr(module, "groups", 1) == shape[1] > 1
     row = Layer(name, shape[1], out.shape[1], *sides, weights, macs, depthwise)
     return row, (*shape[1:], 1, 1)[:3]
@@ -470,7 +462,6 @@ def set_policy(classifier: nn.Module, policy: Policy) -> None:
 @torch.no_grad()
 def calibrate(classifier: nn.Module, batches, values: int = 65536) -> None:
     """Find initial steps for each width, and signed inputs; leaves 32 bits.
-
     batches: noisy images (B, C, H, W), split anyhow. Steps have the least squared error
     on weights and on about `values` inputs of each layer, drawn at random, seeded.
     ValueError for inputs that are not finite."""
@@ -522,7 +513,6 @@ def uniform_policy(table: list[Layer], bits: int, first_last_bits=FIRST_LAST_BIT
 
 def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
     """The policy, forced under a fraction of the float BitOPs (HAQ, 3.3).
-
     From the last layer back, each visit takes a bit from the input, then from the weights,
     until it fits; first and last keep theirs. ValueError: none fits."""
     policy = {name: list(bits) for name, bits in policy.items()}
@@ -540,7 +530,6 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
 @torch.no_grad()
 def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "float32")):
     """The network as it is certified: a frozen copy, in evaluation mode.
-
     Each layer runs on the first of `backends` whose sums are exact for it, at batches of
     `batch`, by which GPUs choose kernels; `network.backend` names them. They differ only
     at rounding ties. Layers of 32 bits stay. Errors name the layer: ValueError for hooks,
@@ -618,7 +607,6 @@ def float_tensors(classifier: Classifier, table: list[Layer]) -> dict[str, Tenso
 def pack_model(classifier: Classifier, table: list[Layer], description: dict) -> bytes:
     """A quantized network as one file: integers, and a description of arch, image_size,
     sigma, dataset and classes, else ValueError.
-
     MAGIC; version; size of header; header (JSON); per layer weights, then a_step, scale
     and shift in float32; SHA-256 of all that."""
     missing = {"arch", "image_size", "sigma", "dataset", "classes"} - description.keys()
@@ -682,10 +670,6 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
 
 
 # ---- faster, the same up to rounding ties: skip at first reading ----
-# Where torch has lost quantize_per_tensor, layers run on float32.
-warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
-
-
 class Int8Layer(IntegerLayer):
     """The same on oneDNN; in a FusedBlock from and to uint8, too."""
 
@@ -731,6 +715,8 @@ class Int8Layer(IntegerLayer):
         raise ValueError("integer_network made this; pack_model saves it")
 
 
+# Where torch has lost quantize_per_tensor, layers run on float32.
+warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
 BACKENDS = {"int8": Int8Layer, "float32": IntegerLayer.freeze}
 # Of these modules, only the first layer can read what is not finite.
 FINITE = {Int8Layer, IntegerLayer, CifarResNet, BasicBlock, nn.Sequential, nn.Identity}
