@@ -13,7 +13,7 @@ Algorithm 1 of the paper (Yang et al., arXiv 2410.24214), and who does each line
         ACR(g^P) <- IncrementalRobustCertify(f^P, cache)   evaluate_policy
         reward <- (ACR(g^P) - ACR(g)) / ACR(g)             relative_gain
         the agent learns                                   ddpg.DDPG.learn
-    P* <- the best policy                                  reevaluate_finalists, best_policy
+    P* <- the best policy                                  best_policy
     f* <- f, quantized by P*, fine-tuned                   finetune_best
     FullRobustCertify(f*) on the test images               certify.Smooth.certify
 """
@@ -21,9 +21,7 @@ Algorithm 1 of the paper (Yang et al., arXiv 2410.24214), and who does each line
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import ctypes
 import dataclasses
 import hashlib
 import io
@@ -97,29 +95,22 @@ class BitWidthEnvironment:
         return torch.stack(states), torch.tensor(actions)[:, None], policy
 
 
-def evaluate_policy(policy, cache, start, base, images, search_pixels, config, final=False):
+def evaluate_policy(policy, cache, start, base, images, search_pixels, config):
     """ACR(g^P) of a policy P on the search images (B, C, H, W), by IRS.
     cache: what f, the base, predicts on these; start: a copy of f from `prepare`
     images: those to fine-tune on, by the recipe of the best policy
     Episodes replay one noise, which the search may exploit: its best policy is certified
-    from scratch. final: finalists have twice the training and CERTIFY, on fresh noise."""
+    from scratch."""
     quantized = copy.deepcopy(start)
     models.set_policy(quantized, policy)
-    num_batches = config.episode_batches * (2 if final else 1)
     try:
-        fine_tune(quantized, base, images, config, num_batches, "episode")
-        network = integer_network(quantized, config)
+        fine_tune(quantized, base, images, config, config.episode_batches, "episode")
+        network = models.integer_network(quantized, config.eval_batch)
     except FloatingPointError:  # training diverged: there is nothing to certify
         return 0.0
-    settings = config.sigma, config.seed, config.eval_batch
-    g = SharedSmooth(network, len(images.classes), *settings, "finalists")
-    if final:
-        labels, ids = zip(*[(row.label, row.idx) for row in cache.certificates])
-        counts = config.n0, config.search_n, config.alpha
-        rows = g.certify(search_pixels, labels, ids, *counts)
-    else:
-        bounds = config.alpha_zeta, config.gamma
-        rows = g.certify_incremental(search_pixels, cache, config.n_p, *bounds)
+    g = SharedSmooth(network, len(images.classes), config.sigma, batch_size=config.eval_batch)
+    bounds = config.alpha_zeta, config.gamma
+    rows = g.certify_incremental(search_pixels, cache, config.n_p, *bounds)
     return certify.average_certified_radius(rows)
 
 
@@ -149,24 +140,9 @@ def search(cache, environment, agent, evaluate, reward=relative_gain) -> Iterato
         yield record | {"noise": noise, "policy": policy}
 
 
-def reevaluate_finalists(records, count: int, evaluate, cache) -> Iterator[dict]:
-    """The best of many noisy rewards is partly luck: the best are evaluated again.
-    records: those of `search` and, after an interruption, of the finalists so far."""
-    episodes = [record for record in records if "finalist" not in record]
-    by_acr = sorted(episodes, key=lambda record: record["acr"])
-    by_policy = {str(record["policy"]): record for record in by_acr}  # each policy once
-    ranked = sorted(by_policy.values(), key=lambda record: record["acr"], reverse=True)
-    already = len(records) - len(episodes)
-    for record in ranked[already:count]:
-        known = {"episode": record["episode"], "policy": record["policy"]}
-        acr = evaluate(record["policy"], cache, final=True)
-        yield known | {"finalist": True, "acr": acr}
-
-
 def best_policy(records: list[dict]) -> Policy:
-    """6: the policy of the largest ACR, among finalists where there are any."""
-    finalists = [record for record in records if "finalist" in record]
-    return max(finalists or records, key=lambda record: record["acr"])["policy"]
+    """6: the policy of the largest ACR."""
+    return max(records, key=lambda record: record["acr"])["policy"]
 
 
 # ---- training ----
@@ -206,7 +182,7 @@ def train(
     purpose: str = "",
     decay: float = 1e-4,
     state: dict | None = None,
-    save: Callable | None = None,
+    save: Callable = lambda *progress: None,
     loss: Callable = noise_augmentation,
 ) -> dict[str, Tensor]:
     """Nesterov SGD in place, under Gaussian noise; the weights. Ends in evaluation mode.
@@ -220,11 +196,10 @@ def train(
     vectors = [p for p in classifier.parameters() if p.ndim <= 1]
     parameters = [{"params": matrices, "weight_decay": decay}, {"params": vectors}]
     optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, nesterov=True)
-    first = 0
     if state is not None:
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
-        first = state["batch"]
+    first = state["batch"] if state else 0
     classifier.train()
     network = nn.parallel.DistributedDataParallel(classifier) if WORLD > 1 else classifier
     labels = torch.tensor(images.labels)
@@ -252,24 +227,22 @@ def train(
             # Processes average their gradients.
             (WORLD * losses.sum() / batch_size).backward()
             optimizer.step()
-            if save is not None and index + 1 < end:
+            if index + 1 < end:
                 save(None, index + 1, num_batches)
         weights = classifier.state_dict()
         if not all(value.isfinite().all() for value in weights.values()):
             raise FloatingPointError(f"{purpose}: training diverged by batch {end}")
-        if save is not None:
-            state = {"classifier": weights, "optimizer": optimizer.state_dict()}
-            save(state | {"batch": end}, end, num_batches)
+        state = {"classifier": weights, "optimizer": optimizer.state_dict()}
+        save(state | {"batch": end}, end, num_batches)
     for buffer in classifier.buffers() if WORLD > 1 else ():
         distributed.broadcast(buffer, 0)  # BatchNorm's statistics differed
     return classifier.eval().state_dict()
 
 
-def fine_tune(classifier, base, images, config, num_batches, purpose, state=None, save=None):
+def fine_tune(classifier, base, images, config, num_batches, purpose, **progress):
     """Train a quantized copy of the float base, which gives a share of the targets."""
     loss = partial(noise_augmentation, teacher=base, share=config.distill)
-    options = {"state": state, "save": save, "loss": loss}
-    train(classifier, images, config, num_batches, FINETUNE_LR, purpose, **options)
+    train(classifier, images, config, num_batches, FINETUNE_LR, purpose, loss=loss, **progress)
 
 
 def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
@@ -284,31 +257,20 @@ def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
     return classifier, table
 
 
-def integer_network(classifier: Classifier, config: Config) -> nn.Module:
-    """The network as it is evaluated, checked at the batch that will run."""
-    classifier = classifier.to(config.device, memory_format=torch.channels_last)
-    return models.integer_network(classifier, config.eval_batch)
-
-
 # ---- the run ----
 def run(config: Config) -> None:
     """The method in five steps. A step whose file is there is done."""
-    images = load_images(config, True)
-    test_images = load_images(config, False)
+    images, test_images = load_images(config, True), load_images(config, False)
     same = images.classes == test_images.classes
     require(same, f"--data {config.data}: classes of test images are others")
-    contents = {"training set": images.fingerprint()}
-    contents["test set"] = test_images.fingerprint()
     train_images, search_images = hold_out(images, config.search_images)
     base = build_base(config, len(images.classes))
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
     environment = BitWidthEnvironment(table, config.budget)
-    if config.policy:
-        contents["policy"] = read_policy(config.policy, table, config.budget)
-    folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
+    given = config.policy and read_policy(config.policy, table, config.budget)
+    folder = RunFolder(config.out, dataclasses.asdict(config) | {"policy": given})
     take_along(config, folder)
-    count = 0 if config.policy else config.episodes
-    print(f"{config.arch}, {count} episodes; run folder {folder.path}", flush=True)
+    print(f"{config.arch}; run folder {folder.path}", flush=True)
 
     # 1: the float base classifier f
     epochs = 0 if config.checkpoint else config.epochs
@@ -318,15 +280,16 @@ def run(config: Config) -> None:
     base.load_state_dict(read_state(base_file))
     start, _ = prepare(base, search_images, config)
     # 2: FullRobustCertify(f) on the search images; 3: the search, or the given policy
-    if config.policy:
-        file = folder.make("policy", "policy.json", lambda *_: contents["policy"])
+    if given:
+        file = folder.make("policy", "policy.json", lambda *_: given)
     else:
         work = certify_images, base, search_images, config, "search"
         file = folder.make("certify the base, search", "search_cache.pt", *work)
-        cache = read_cache(file)
+        cache = read_state(file)
         pixels = search_images.batch(range(len(search_images)), config.device)
-        given = {"start": start, "base": base, "images": train_images}
-        evaluate = partial(evaluate_policy, search_pixels=pixels, config=config, **given)
+        networks = {"start": start, "base": base}
+        data = {"images": train_images, "search_pixels": pixels, "config": config}
+        evaluate = partial(evaluate_policy, **networks, **data)
         work = run_search, environment, evaluate, cache, config, folder.path
         file = folder.make("search", "policy.json", *work)
     policy = read_policy(file, table, config.budget)
@@ -338,7 +301,7 @@ def run(config: Config) -> None:
     changed = f"{file} has other bits; give policy.json as --policy, and another --out"
     require(description["policy"] == policy, changed)
     # 5: what was packed, certified on the test images, which are first seen here
-    network = integer_network(classifier, config)
+    network = models.integer_network(classifier.to(config.device), config.eval_batch)
     base_rows = certified(folder, "base certificate", base, test_images, config)
     rows = certified(folder, "certificate", network, test_images, config)
     results = summarize(rows, network, table, policy, config, file)
@@ -355,9 +318,9 @@ def evaluate_saved(config: Config) -> None:
     classifier, table, description = models.load_model(file)
     same = description["classes"] == images.classes
     require(same, f"{file}: other classes; give its --data")
-    contents = {"test set": images.fingerprint(), "network": digest(file.read_bytes())}
+    contents = {"network": hashlib.sha256(file.read_bytes()).hexdigest()}
     folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
-    network = integer_network(classifier, config)
+    network = models.integer_network(classifier.to(config.device), config.eval_batch)
     rows = certified(folder, "certificate", network, images, config)
     report(summarize(rows, network, table, description["policy"], config, file), folder)
 
@@ -375,7 +338,7 @@ def build_base(config: Config, num_classes: int) -> Classifier:
 # The work of a step takes what it saved last, or None, and save(state, done, total).
 def run_search(environment, evaluate, cache, config, path, state, save, agent_class=DDPG):
     """The best policy of Algorithm 1. Each episode is printed, and in search.jsonl.
-    evaluate(policy, cache, final=False): as evaluate_policy, the rest bound."""
+    evaluate(policy, cache): as evaluate_policy, the rest bound."""
     warmup_episodes = min(20, max(1, config.episodes // 3))
     settings = DDPGConfig(episodes=config.episodes, warmup_episodes=warmup_episodes)
     agent, records = agent_class(environment.state_size, config.seed, settings), []
@@ -384,23 +347,16 @@ def run_search(environment, evaluate, cache, config, path, state, save, agent_cl
         records = state["records"]
     act = agent.act
     agent.act = lambda state: gather(act(state))[0]  # rank 0's
-    # Lazy: it ranks the records that are there after the last episode.
-    finalists = reevaluate_finalists(records, config.finalists, evaluate, cache)
-    began = time.monotonic()
-    episodes = search(cache, environment, agent, evaluate)
-    for record in itertools.chain(episodes, finalists):
+    for record in search(cache, environment, agent, evaluate):
         ratio = models.bitops_ratio(environment.table, record["policy"])
         record["bitops_ratio"] = ratio
-        record["seconds"] = round(time.monotonic() - began, 3)
-        began = time.monotonic()
         records.append(record)
         lines = [json.dumps(record, allow_nan=False) + "\n" for record in records]
         write_whole(path / "search.jsonl", "".join(lines).encode())
         state = {"agent": agent.state_dict(), "records": records}
         left = save(state, len(records), config.episodes)
-        suffix = " again" if "finalist" in record else ""
         best = max(record["acr"] for record in records)
-        print(f"  episode {record['episode'] + 1:>3}/{config.episodes}{suffix}", end="")
+        print(f"  episode {record['episode'] + 1:>3}/{config.episodes}", end="")
         print(f"  ACR {cut(record['acr'])}  best {cut(best)}", end="")
         print(f"  BitOPs {100 * ratio:.3f} %  {left} left", flush=True)
     return best_policy(records)
@@ -409,7 +365,8 @@ def run_search(environment, evaluate, cache, config, path, state, save, agent_cl
 def finetune_best(classifier, base, table, images, config, state, save) -> bytes:
     """The packed network, fine-tuned under its policy."""
     num_batches = int(config.finetune_epochs * (len(images) // config.batch_size))
-    fine_tune(classifier, base, images, config, num_batches, "fine-tune", state, save)
+    schedule = config, num_batches, "fine-tune"
+    fine_tune(classifier, base, images, *schedule, state=state, save=save)
     description = {name: getattr(config, name) for name in SAVED_OPTIONS}
     return models.pack_model(classifier, table, {**description, "classes": images.classes})
 
@@ -426,32 +383,27 @@ def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config
 
 
 def certify_images(network, images: ImageSet, config: Config, purpose: str, state, save):
-    """CERTIFY by blocks of images: a table or, for "search", what `read_cache` takes."""
+    """CERTIFY by blocks of images: a table or, for "search", a ReplayCache."""
     settings = config.sigma, config.seed, config.eval_batch
     g = SharedSmooth(network, len(images.classes), *settings, purpose)
     is_cache = purpose == "search"  # which spends no samples on images of wrong class
     n = config.search_n if is_cache else config.n
-    rows, predictions, key = state or ([], torch.zeros(0, n, dtype=torch.uint8), "")
+    rows, predictions, key = state or ReplayCache([], torch.zeros(0, n, dtype=torch.uint8), "")
     size = WORLD * max(1, 10_000 // n)
     counts = config.n0, n, config.alpha
     for first in range(len(rows), len(images), size):
         part = images.subset(range(len(images))[first : first + size])
         pixels = part.batch(range(len(part)), config.device)
         block = g.certify_and_cache(pixels, part.labels, part.ids, *counts, is_cache)
-        rows += [tuple(row) for row in block.certificates]
+        rows = rows + block.certificates
         if is_cache:
             predictions, key = torch.cat([predictions, block.predictions]), block.key
-        save((rows, predictions, key), len(rows), len(images))
+        save(ReplayCache(rows, predictions, key), len(rows), len(images))
     if is_cache:
-        return rows, predictions, key
+        return ReplayCache(rows, predictions, key)
     text = io.StringIO()
     certify.write_certificates(text, rows)
     return text.getvalue().encode()
-
-
-def read_cache(file: Path) -> ReplayCache:
-    rows, predictions, key = read_state(file)
-    return ReplayCache([Certificate(*row) for row in rows], predictions, key)
 
 
 # ---- the run folder ----
@@ -486,7 +438,7 @@ class RunFolder:
         file, state_file = self.path / product, self.path / "state.pt"
         saved = read_state(state_file) if state_file.exists() else {}
         self.seconds = saved.get("seconds", {})
-        if all(gather(file.exists())):
+        if file.exists():
             print(f"{name}: done before", flush=True)
             return file
         state = saved["state"] if saved.get("product") == product else None
@@ -508,37 +460,34 @@ class RunFolder:
 
         write_whole(file, work(*arguments, state, save))
         save(None)
-        gather(None)
         return file
 
 
 def take_along(config: Config, folder: RunFolder) -> None:
     """Of --checkpoint runs/X/base.pt: its certificates, if images and counts agree."""
     checkpoint = Path(config.checkpoint or "none")
-    source = checkpoint.with_name("config.json")
-    ours = checkpoint.name == "base.pt" and source.exists()
-    before = read_json(source) if ours else {}
-    names = "arch image_size sigma seed images n0 n alpha search_images search_n".split()
-    names += ["training set", "test set", "device"]
-    agree = all(before.get(name) == folder.options[name] for name in names)
+    options = checkpoint.with_name("config.json")
+    if checkpoint.name != "base.pt" or not options.exists():
+        return
+    before = read_json(options)
+    names = "dataset data image_size images search_images arch sigma n0 n search_n alpha seed"
+    agree = all(before.get(name) == getattr(config, name) for name in names.split())
     for product in ("search_cache.pt", "base_certificates.tsv") if agree else ():
-        old, new = source.with_name(product), folder.path / product
+        old, new = checkpoint.with_name(product), folder.path / product
         if old.exists() and not new.exists():
             print(f"{product}: taken from {old.parent}", flush=True)
             write_whole(new, old.read_bytes())
 
 
 def write_whole(path: Path, value) -> None:
-    """Rank 0 writes bytes, a JSON file or a torch file, whole or not at all."""
-    if RANK > 0:
-        return
+    """Write bytes, a JSON file or a torch file, whole or not at all."""
     if path.suffix == ".json":
         value = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
     if not isinstance(value, bytes):
         buffer = io.BytesIO()  # torch.save to a full disk would not be an OSError
         torch.save(value, buffer)
         value = buffer.getbuffer()
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{RANK}.part")  # all processes write the same
     with part.open("wb") as file:
         file.write(value)
         file.flush()
@@ -548,6 +497,7 @@ def write_whole(path: Path, value) -> None:
 
 def read_state(path: Path):
     require(is_zipfile(path), f"{path} is broken; remove it, and it is made again")
+    torch.serialization.add_safe_globals([Certificate, ReplayCache])
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -571,16 +521,12 @@ def read_policy(source, table: list[Layer], budget: float) -> Policy:
     return forced
 
 
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
 # ---- options ----
 FREE = "out", "data", "eval_batch"  # options that change no result
 SAVED_OPTIONS = "dataset", "arch", "image_size", "sigma"  # in the file of a network
 LONG = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 12.0, "episodes": 600}
 LONG |= {"episode_batches": 48, "search_images": 200, "search_n": 1000, "n_p": 250}
-LONG |= {"images": 500, "n": 10_000, "finalists": 5}
+LONG |= {"images": 500, "n": 10_000}
 LARGE = {"arch": "resnet50", "finetune_epochs": 10.0, "gamma": 0.995, "image_size": 224}
 # What the data sets have in place of the defaults.
 PRESETS = {"shapes": {}, "cifar10": LONG, "folder": LONG, "imagenet": LONG | LARGE}
@@ -590,8 +536,8 @@ def option(default, text: str, least=None, most=2**31 - 1, choices=None, group=N
     """A field of Config, and its argument. group: it begins one in --help."""
     if default is not None:
         text += f" (default: {default})"
-    metadata = {"help": text, "choices": choices, "range": (least, most), "group": group}
-    return dataclasses.field(default=default, metadata=metadata)
+    metadata = {"argument": {"help": text, "choices": choices}, "group": group}
+    return dataclasses.field(default=default, metadata=metadata | {"range": (least, most)})
 
 
 @dataclasses.dataclass
@@ -607,7 +553,6 @@ class Config:
     sigma: float = option(0.25, "deviation of the noise, in [0, 1] pixels", 0.004, 4)
     budget: float = option(0.015, "BitOPs allowed, of the float network's", 1e-5, 1)
     episodes: int = option(20, "episodes of the search, one policy each", 1)
-    finalists: int = option(3, "best policies, evaluated again", 0)
     search_n: int = option(400, "samples of the base per search image", 1)
     n_p: int = option(150, "samples of a policy per search image", 1)
     gamma: float = option(0.99, "p_A from which IRS draws fresh samples", 0, 1)
@@ -642,36 +587,31 @@ def parse_config(argv=None) -> Config:
     for field in dataclasses.fields(Config):
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
-        text, choices = field.metadata["help"], field.metadata["choices"]
-        kind = kinds[field.type]
-        group.add_argument(flag(field.name), help=text, choices=choices, type=kind)
+        argument = field.metadata["argument"]
+        group.add_argument(flag(field.name), type=kinds[field.type], **argument)
     given = vars(parser.parse_args(argv))
     if "evaluate" in given:
         saved, _ = models.read_packed(given["evaluate"])
         for name in given.keys() & {"arch", "image_size", "checkpoint", "policy"}:
-            other = f"--evaluate takes no {flag(name)} {given[name]}; omit it"
-            require(given[name] == saved.get(name), other)
+            require(False, f"--evaluate takes no {flag(name)}; omit it")
         given = {name: saved[name] for name in SAVED_OPTIONS} | given
     # A packed network may name a data set of its own.
     preset = PRESETS.get(given.get("dataset", "shapes"), LONG)
     config = Config(**preset | given)
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    best = getattr(accelerator, "type", "cpu")
-    if config.device == "auto":
-        config.device = best if best in BFLOAT16 else "cpu"
-    require(config.device in (best, "cpu"), f"no --device {config.device}; use auto")
+    here = [device for device in BFLOAT16 if torch.get_device_module(device).is_available()]
+    config.device = here[0] if config.device == "auto" else config.device
+    require(config.device in here, f"no --device {config.device}; use auto")
     if config.eval_batch is None:  # small batches stay in a CPU's cache
         samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32**2 // max(config.image_size, 32) ** 2)
     for field in dataclasses.fields(Config):
         value, (least, most) = getattr(config, field.name), field.metadata["range"]
         inside = least is None or least <= value <= most
-        about = f"from {least} to {most}, not {value}: {field.metadata['help']}"
+        about = f"from {least} to {most}, not {value}: {field.metadata['argument']['help']}"
         require(inside, f"{flag(field.name)} must be {about}")
     pixels, alpha = 3 * config.image_size**2, min(config.alpha, config.alpha_zeta)
-    for samples in (config.n, config.search_n):
-        certify.alpha_after_noise(config.alpha, samples, pixels, config.sigma)
-    certify.alpha_after_noise(alpha, config.n_p, pixels, config.sigma)
+    for samples in (config.n, config.search_n, config.n_p):
+        certify.alpha_after_noise(alpha, samples, pixels, config.sigma)
     require(config.batch_size >= 2 * WORLD, f"--batch-size: {WORLD} processes need more")
     fewer = config.n_p <= config.search_n
     require(fewer, f"--n-p {config.n_p} exceeds --search-n {config.search_n}")
@@ -684,7 +624,7 @@ def parse_config(argv=None) -> Config:
 # ---- images ----
 @dataclasses.dataclass
 class ImageSet:
-    """Labelled images, ordered by label, then by name or original position."""
+    """Labelled images, in CIFAR-10's order or by label and name."""
 
     labels: list[int]
     classes: list[str]
@@ -715,13 +655,6 @@ class ImageSet:
         settings = {"num_workers": workers, "generator": torch.Generator()}
         yield from DataLoader(batches, None, collate_fn=self.batch, **settings)
 
-    def fingerprint(self) -> str:
-        """A short name for the set, by labels and a few images."""
-        probes = self.batch(evenly_spaced(min(16, len(self)), len(self)))
-        probes = (255 * probes).round().to(torch.uint8)
-        text = json.dumps([self.classes, self.labels, self.size])
-        return digest(text.encode() + probes.numpy().tobytes())
-
 
 def evenly_spaced(count: int, total: int) -> list[int]:
     """`count` indices of a set of `total`, evenly spaced from the first."""
@@ -740,33 +673,25 @@ def load_images(config: Config, train: bool) -> ImageSet:
     root, size = Path(config.data), config.image_size
     test = "test" if (root / "test").is_dir() else "val"
     folder = root / ("train" if train else test)
-    if config.dataset == "shapes":
-        images = draw_shapes(8000 if train else 1000, seed=0 if train else 1, size=size)
-    elif folder.is_dir():
-        try:
+    try:
+        if config.dataset == "shapes":
+            images = draw_shapes(8000 if train else 1000, seed=0 if train else 1, size=size)
+        elif config.dataset == "cifar10" and not folder.is_dir():
+            data = CIFAR10(root, train, download=RANK == 0)
+            pixels = torch.from_numpy(data.data).permute(0, 3, 1, 2)
+            pixels = TF.resize(pixels, [size, size]).contiguous()
+            images = ImageSet(data.targets, data.classes, size, list(pixels))
+        else:
             tree = ImageFolder(folder)
-        except FileNotFoundError as error:  # a class has no images
-            raise ValueError(f"{folder}: {str(error).split('. ')[0]}") from None
-        source, labels = map(list, zip(*tree.samples))
-        if size <= 64 and len(labels) * size**2 < 2**28:  # below 1 GB
-            print(f"decoding {len(labels)} images of {folder}", flush=True)
-            source = [read_image(path, size) for path in source]
-        images = ImageSet(labels, tree.classes, size, source)
-    elif config.dataset == "cifar10":
-        try:
-            if RANK == 0 and not (root / "cifar-10-batches-py").is_dir():
-                CIFAR10(root, download=True)  # the others wait
-            gather(None)
-            data = CIFAR10(root, train)
-        except Exception:  # of many kinds, with one remedy
-            message = f"no CIFAR-10 in --data {root}; unpack {CIFAR10.url} there"
-            raise ValueError(message) from None
-        labels, order = torch.tensor(data.targets).sort(stable=True)
-        pixels = torch.from_numpy(data.data)[order].permute(0, 3, 1, 2)
-        pixels = TF.resize(pixels, [size, size]).contiguous()
-        images = ImageSet(labels.tolist(), data.classes, size, list(pixels))
-    else:
-        raise ValueError(f"--data {root}: no train/<class>/*, and test/ or val/")
+            source, labels = map(list, zip(*tree.samples))
+            if size <= 64 and len(labels) * size**2 < 2**28:  # below 1 GB
+                print(f"decoding {len(labels)} images of {folder}", flush=True)
+                source = [read_image(path, size) for path in source]
+            images = ImageSet(labels, tree.classes, size, source)
+    except (OSError, RuntimeError) as error:
+        needed = f"train/<class>/* and test/ or val/, or what {CIFAR10.url} unpacks to"
+        reason = str(error).partition(". ")[0]
+        raise ValueError(f"--data {root} has no {needed} ({reason})") from None
     require(len(images.classes) > 1, f"--data {root}: at least two classes are needed")
     needed = config.search_images + config.batch_size if train else config.images
     asked = "--search-images and a --batch-size need" if train else "--images"
@@ -803,9 +728,7 @@ def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
     angle = torch.atan2(y, x) + uniform(-0.3, 0.3, 1, 1)
     edge = 0.65 + 0.35 * (petals[:, None, None] * angle).cos()
     inside = (radius < edge) & (radius > 0.55 * hollow[:, None, None] * edge)
-    mottle = uniform(-0.15, 0.15, 3, 5, 5)
-    mottle = F.interpolate(mottle, size, mode="bilinear", align_corners=True)
-    ground = uniform(0.25, 0.75, 3, 1, 1) + mottle
+    ground = uniform(0.25, 0.75, 3, 1, 1)
     colour = uniform(0.25, 0.55, 1, 1, 1) * uniform(-1, 1, 3, 1, 1).sign()
     pixels = (ground + colour * inside[:, None]).clamp(0, 1).mul(255).round()
     return ImageSet(labels.tolist(), classes, size, list(pixels.to(torch.uint8)))
@@ -827,21 +750,19 @@ def gather(value) -> list:
 
 def start_processes(device: str) -> None:
     """Those of torchrun find each other; only rank 0 prints."""
-    if WORLD > 1:
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if device == "cuda" else "gloo"
-        distributed.init_process_group(backend, timeout=timedelta(days=1))
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group(timeout=timedelta(days=1))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
 
 
 class SharedSmooth(Smooth):
     """The same by any number of processes."""
 
     def predictions(self, images, ids, sizes, key):
-        # Images of wrong class get no samples: the others are shared.
-        turns = (sizes > 0).cumsum(0) % WORLD
-        table = super().predictions(images, ids, torch.where(turns == RANK, sizes, 0), key)
+        mine = (sizes > 0).cumsum(0) % WORLD == RANK  # of images that get samples
+        table = super().predictions(images, ids, sizes * mine, key)
         missing = int(sizes.max()) - table.shape[1]
         return sum(gather(F.pad(table, (0, missing))))  # zeros where others sampled
 
@@ -862,7 +783,7 @@ def summarize(rows, network, table, policy: Policy, config: Config, file: Path) 
         "size_bytes": models.size_bytes(table, policy),
         "file_bytes": file.stat().st_size,
         "backend": getattr(network, "backend", "float"),
-        "network": digest(file.read_bytes()),
+        "network": hashlib.sha256(file.read_bytes()).hexdigest()[:16],
         "images": len(rows),
         **{name: getattr(config, name) for name in "sigma n0 n alpha device".split()},
     }
@@ -892,14 +813,11 @@ def report(results: dict, folder: RunFolder) -> None:
 
 
 def main(argv=None) -> int:
-    # glibc returns freed blocks; faulting them in again costs 20 % of the time.
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
-        ctypes.CDLL(None).mallopt(-3, 2**30)
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)
     code, remedy = 2, "the same command continues"
     try:
         config = parse_config(argv)
-        start_processes(config.device)
+        if WORLD > 1:
+            start_processes(config.device)
         evaluate_saved(config) if config.evaluate else run(config)
         return 0
     except KeyboardInterrupt:
@@ -911,8 +829,6 @@ def main(argv=None) -> int:
         message = f"{error.filename or config.out}: {error.strerror or error}; then {remedy}"
     except torch.OutOfMemoryError:
         message = f"no memory; give a smaller --eval-batch or --batch-size; {remedy}"
-    if RANK > 0:
-        time.sleep(3)  # rank 0 prints the error that all have
     print(f"arq.py: error: {message}", file=sys.stderr, flush=True)
     return code
 

@@ -1495,33 +1495,20 @@ def small_evaluation():
     return functools.partial(arq.evaluate_policy, cache=cache, config=config, **shared), table
 
 
-def test_rewards_and_finals_are_what_the_calls_by_hand_certify(monkeypatch):
-    """Finalists: CERTIFY with all samples, on noise of their own, after twice the training."""
+def test_a_reward_is_what_the_calls_by_hand_certify():
     evaluate, table = small_evaluation()
     policy, given = models.uniform_policy(table, 8), evaluate.keywords
     pixels, cache, config = given["search_pixels"], given["cache"], given["config"]
 
-    def trained(num_batches):
-        network = copy.deepcopy(given["start"])
-        models.set_policy(network, policy)
-        share = {"teacher": given["base"], "share": 0.7}
-        loss = functools.partial(arq.noise_augmentation, **share)
-        arq.train(network, given["images"], config, num_batches, 0.02, "episode", loss=loss)
-        return models.integer_network(network)
-
-    g = Smooth(trained(2), 10, 0.25)
+    network = copy.deepcopy(given["start"])
+    models.set_policy(network, policy)
+    share = {"teacher": given["base"], "share": 0.7}
+    loss = functools.partial(arq.noise_augmentation, **share)
+    arq.train(network, given["images"], config, 2, 0.02, "episode", loss=loss)
+    g = Smooth(models.integer_network(network), 10, 0.25)
     rows = g.certify_incremental(pixels, cache, 20, 0.001, 0.99)
     acr = evaluate(policy)
     assert acr == pytest.approx(sum(row.radius for row in rows) / 4, abs=1e-9) and acr > 0
-    g = Smooth(trained(4), 10, 0.25, purpose="finalists")
-    assert g.key not in cache.key
-    labels, ids = zip(*[(row.label, row.idx) for row in cache.certificates])
-    rows = g.certify(pixels, labels, ids, 100, 40, config.alpha)
-    batches, loss = [], arq.noise_augmentation
-    counted = lambda *a, **options: batches.append(1) or loss(*a, **options)  # noqa: E731
-    monkeypatch.setattr(arq, "noise_augmentation", counted)
-    assert evaluate(policy, final=True) == certify.average_certified_radius(rows)
-    assert len(batches) == 4
 
 
 def test_a_policys_reward_does_not_depend_on_the_policies_before_it():
@@ -1538,54 +1525,30 @@ def test_a_policys_reward_does_not_depend_on_the_policies_before_it():
     assert evaluate(policy, start=start) == 0.0
 
 
-def search_records(tmp_path, acrs, again, state=None, save=lambda *_: None, **options):
-    """The records of run_search, and the policies that were evaluated again."""
-    config = arq.parse_config(f"--episodes {len(acrs)} --finalists 3 --device cpu".split())
-    environment = arq.BitWidthEnvironment(tiny_table(), options.pop("budget", 0.04))
-    acrs, again, seen = iter(acrs), iter(again), []
+def search_records(tmp_path, acrs, state=None, save=lambda *_: None):
+    """The records of run_search, and the policies that were evaluated."""
+    config = arq.parse_config("--episodes 6 --device cpu".split())
+    environment, acrs, seen = arq.BitWidthEnvironment(tiny_table(), 0.04), iter(acrs), []
 
-    def evaluate(policy, cache, final=False):
-        seen.append((policy, final))
-        return next(again if final else acrs)
+    def evaluate(policy, cache):
+        seen.append(policy)
+        return next(acrs)
 
-    parts = environment, evaluate, base_cache(), config, tmp_path, state, save
-    best = arq.run_search(*parts, **options)
+    best = arq.run_search(environment, evaluate, base_cache(), config, tmp_path, state, save)
     lines = (tmp_path / "search.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     assert best == arq.best_policy(records)
-    return records, [policy for policy, final in seen if final]
+    return records, seen
 
 
-def test_the_best_policies_are_evaluated_again(tmp_path):
-    """The three best of six, best first; the best of those wins; a stop continues there."""
-    acrs, again, saved = [0.1, 0.5, 0.3, 0.6, 0.2, 0.4], [0.31, 0.33, 0.32], []
+def test_the_policy_of_the_largest_acr_wins_and_a_stop_loses_no_episode(tmp_path):
+    acrs, saved = [0.1, 0.5, 0.3, 0.6, 0.2, 0.4], []
     save = lambda state, *_: saved.append(copy.deepcopy(state))  # noqa: E731
-    records, seen = search_records(tmp_path, acrs, again, save=save)
-    assert [r["acr"] for r in records] == acrs + again
-    assert [r["episode"] for r in records[6:]] == [3, 1, 5]
-    assert seen == [r["policy"] for r in records[6:]]
-    assert [r.get("finalist", False) for r in records] == [False] * 6 + [True] * 3
-    assert arq.best_policy(records) == records[1]["policy"]
-    assert arq.best_policy(records[:6]) == records[3]["policy"]
-    continued, seen = search_records(tmp_path, [0.0] * 6, [0.32], saved[-2])
-    assert seen == [records[5]["policy"]]
-    assert [r["acr"] for r in continued] == [r["acr"] for r in records]
-
-
-def test_a_policy_that_came_up_twice_is_one_finalist(tmp_path):
-    """Its better reward counts: of policies A B A C B A, rewarded 1 5 6 3 2 4: A, B, C."""
-
-    class Repeating(DDPG):
-        def act(self, state):
-            return [0.0, 0.5, 0.0, 1.0, 0.5, 0.0][self.episode]
-
-        def learn(self, states, actions, reward):
-            self.episode += 1
-
-    acrs = [0.1, 0.5, 0.6, 0.3, 0.2, 0.4]
-    options = {"agent_class": Repeating, "budget": 0.9}
-    records, _ = search_records(tmp_path, acrs, [0.5] * 3, **options)
-    assert [record["episode"] for record in records[6:]] == [2, 1, 3]
+    records, seen = search_records(tmp_path, acrs, save=save)
+    assert [r["acr"] for r in records] == acrs and seen == [r["policy"] for r in records]
+    assert arq.best_policy(records) == records[3]["policy"]
+    continued, again = search_records(tmp_path, acrs[4:], saved[3])
+    assert continued == records and again == seen[4:]
 
 
 # ---- arq.py: images ----
@@ -1701,10 +1664,10 @@ def test_training_that_diverges_or_has_no_loss_per_image_ends():
     """With nothing saved of it, and whether or not something is to be saved."""
     config = arq.parse_config(["--batch-size", "16", "--device", "cpu"])
     images, saved = arq.draw_shapes(32, seed=0, size=16), []
-    for save in (lambda state, *_: state and saved.append(state), None):
+    for options in ({"save": lambda state, *_: state and saved.append(state)}, {}):
         classifier = models.build_classifier("resnet8", 10)
         with pytest.raises(FloatingPointError, match="diverged by batch 2"):
-            arq.train(classifier, images, config, 2, 1e30, save=save)
+            arq.train(classifier, images, config, 2, 1e30, **options)
     assert not saved
     mean = lambda *batch: arq.noise_augmentation(*batch).mean()  # noqa: E731
     with pytest.raises(ValueError, match="one value per image"):
@@ -1842,13 +1805,13 @@ def test_wrong_input_ends_with_one_line(arguments, words, capsys, tmp_path, monk
 
 
 def test_files_that_are_no_use_are_refused_in_one_line(tmp_path, monkeypatch, capsys):
-    """An empty checkpoint; a class without images; options that a packed network answers."""
+    """An empty checkpoint; a class without images; options beside a packed network."""
     monkeypatch.chdir(tmp_path)
     Path("empty.pt").touch()
     assert fails(["--checkpoint", "empty.pt"], capsys, "empty.pt", "empty")
     for name in ("train/a", "train/b", "test/a", "test/b"):
         Path("data", name).mkdir(parents=True)
-    assert fails("--dataset folder --data data".split(), capsys, "train: ", "classes a, b")
+    assert fails("--dataset folder --data data".split(), capsys, "--data data", "classes a, b")
     classifier, table, _ = quantized()
     packed_and_loaded(classifier, table, tmp_path, dataset="mine")
     Path("wide.json").write_text(json.dumps(models.uniform_policy(table, 8)))
@@ -1874,7 +1837,7 @@ TREE = Path(tempfile.mkdtemp(prefix="arq-images-"))
 SMALL = (
     f"--dataset folder --data {TREE} --arch resnet8 --batch-size 32 --epochs 2 --image-size 12 "
     "--episodes 4 --episode-batches 1 --finetune-epochs 0.5 --images 6 --n 200 --n0 20 "
-    "--search-images 12 --search-n 100 --n-p 50 --finalists 2 --device cpu --sigma 0.5"
+    "--search-images 12 --search-n 100 --n-p 50 --device cpu --sigma 0.5"
 ).split()
 
 
@@ -1905,15 +1868,15 @@ def contents(run: Path) -> dict:
     """What a run left, without times."""
     results = json.loads((run / "results.json").read_text())
     rows, predictions, key = arq.read_state(run / "search_cache.pt")
-    cached = {"rows": [row[:5] + row[6:] for row in rows], "predictions": predictions.tolist()}
+    cached = [row._replace(time="") for row in rows], predictions.tolist(), key
     records = [json.loads(line) for line in (run / "search.jsonl").read_text().splitlines()]
     tables = [run / "certificates.tsv", run / "base_certificates.tsv"]
     tables = [[row._replace(time="") for row in certify.read_certificates(t)] for t in tables]
     return {
         "results": {name: value for name, value in results.items() if name != "seconds"},
         "base": [value.tolist() for value in arq.read_state(run / "base.pt").values()],
-        "cache": [cached, key],
-        "search": [{**record, "seconds": 0} for record in records],
+        "cache": cached,
+        "search": records,
         "policy": (run / "policy.json").read_bytes(),
         "model": (run / "model.arq").read_bytes(),
         "tables": tables,
@@ -1937,11 +1900,8 @@ def test_a_run_leaves_what_others_script_against(finished_run, tmp_path):
     assert results["two_sided"]["acr"] == certify.average_certified_radius(both_sides)
     lines = (finished_run / "search.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    episodes, finalists = records[:4], records[4:]
-    best = sorted(episodes, key=lambda record: record["acr"], reverse=True)[:2]
-    assert [r["policy"] for r in finalists] == [r["policy"] for r in best]
     policy = json.loads((finished_run / "policy.json").read_text())
-    assert policy == max(finalists, key=lambda record: record["acr"])["policy"]
+    assert policy == arq.best_policy(records)
     packed, again = finished_run / "model.arq", tmp_path / "again"
     classifier, table, saved = models.load_model(packed)
     assert results["file_bytes"] == packed.stat().st_size and saved["policy"] == policy
@@ -2004,7 +1964,7 @@ def test_a_run_stopped_after_any_write_continues(finished_run, monkeypatch, caps
             raise KeyboardInterrupt
 
     def noted(policy, cache, **options):
-        seen.append((policy, options.get("final", False)))
+        seen.append(policy)
         return evaluate(policy, cache, **options)
 
     monkeypatch.setattr(arq, "write_whole", stopped)
@@ -2020,7 +1980,7 @@ def test_a_run_stopped_after_any_write_continues(finished_run, monkeypatch, caps
     assert left == contents(finished_run)
     assert len(seen) > len(left["search"])  # some ran twice, one after the other
     once = [one for one, _ in itertools.groupby(seen)]
-    assert once == [(r["policy"], "finalist" in r) for r in left["search"]]
+    assert once == [record["policy"] for record in left["search"]]
 
 
 @pytest.mark.slow
@@ -2106,10 +2066,10 @@ def test_an_unreadable_image_in_an_epoch(tmp_path, monkeypatch, capsys):
     options = (
         "--arch resnet8 --epochs 2 --episodes 1 --episode-batches 1 --finetune-epochs 0.5 "
         "--n 20 --n0 5 --search-n 10 --n-p 10 --image-size 72 --data data --out run "
-        "--finalists 0 --images 2"
+        "--images 2"
     )
     command = [*FOLDER, *options.split()]
-    victim = Path("data/train/dark/08.png")  # not among the images that name the set
+    victim = Path("data/train/dark/08.png")
     whole, write = victim.read_bytes(), arq.write_whole
 
     def break_after_one_epoch(path, value):
@@ -2137,7 +2097,7 @@ def test_two_processes_give_the_certificates_of_one(copied_run):
     output = process.communicate()[0]
     assert process.returncode == 0, output
     assert contents(Path("one")) == contents(Path("two"))
-    assert output.count("episode ") == 4 + 2  # only one of them prints
+    assert output.count("episode ") == 4  # only one of them prints
 
 
 def one_step(path: Path) -> None:
@@ -2202,7 +2162,7 @@ def test_large_images_go_through_every_stage(tmp_path, monkeypatch):
     image_tree(tmp_path / "data", ((96, 96), (130, 210), (500, 90)), train=3, test=1)
     command = (
         "--dataset imagenet --arch mobilenet_v2 --data data --epochs 1 --batch-size 2 --n0 5 "
-        "--search-images 2 --search-n 10 --n-p 10 --images 2 --n 10 --episodes 1 --finalists 0 "
+        "--search-images 2 --search-n 10 --n-p 10 --images 2 --n 10 --episodes 1 "
         "--episode-batches 1 --finetune-epochs 0.5 --eval-batch 2 --device cpu --out run "
         "--image-size 96"
     )

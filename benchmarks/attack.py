@@ -62,7 +62,7 @@ def attack(classifier, images, labels, eps: Tensor, sigma: float, generator) -> 
 
 def attack_network(classifier, images: arq.ImageSet, config) -> dict:
     """Certify and attack the images: how many certificates held, by the attacker's reach."""
-    network = arq.integer_network(classifier, config)
+    network = models.integer_network(classifier.to(config.device), config.eval_batch)
     classifier.requires_grad_(False)  # only the image moves
     generator = torch.Generator(config.device).manual_seed(0)
     outcomes = {reach: {"held": 0, "abstained": 0, "broken": 0} for reach in REACH}

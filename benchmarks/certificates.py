@@ -64,7 +64,7 @@ def collect(options, sigma: str) -> dict:
     collected = {"label": torch.tensor(images.labels)[ids]}
     checkpoint = f"{options.checkpoints}/resnet20_cifar10_sigma{sigma}.pt"
     for name, classifier in build_networks(config, checkpoint).items():
-        network = arq.integer_network(classifier, config)
+        network = models.integer_network(classifier.to(config.device), config.eval_batch)
         g = Smooth(network, 10, config.sigma, batch_size=config.eval_batch)
         if name == "float":
             collected["selected"] = g.sample_under_noise(x, ids, N0, "select").argmax(1)

@@ -97,7 +97,7 @@ class Frame:
         folder = self.folder(name, budget=None, episodes=None)
         work = arq.certify_images, self.base, self.search_images, self.config, "search"
         file = folder.make("certify the base, search images", "search_cache.pt", *work)
-        self.cache = arq.read_cache(file)
+        self.cache = arq.read_state(file)
         self.start, _ = arq.prepare(self.base, self.search_images, self.config)
 
 
@@ -149,8 +149,8 @@ def finetune_float(frame: Frame, state, save) -> dict:
     config, images = frame.config, frame.train_images
     network = copy.deepcopy(frame.base)
     num_batches = int(config.finetune_epochs * (len(images) // config.batch_size))
-    schedule = config, num_batches, "fine-tune", state, save
-    arq.fine_tune(network, frame.base, images, *schedule)
+    schedule = config, num_batches, "fine-tune"
+    arq.fine_tune(network, frame.base, images, *schedule, state=state, save=save)
     return network.state_dict()
 
 
@@ -171,7 +171,7 @@ def run(c: dict, frame: Frame) -> dict:
         policy = arq.read_json(folder.make("choose", "policy.json", work))
         file = folder.make("fine-tune", "model.arq", partial(finetune, frame, policy))
         classifier, _, _ = models.load_model(file)
-        network = arq.integer_network(classifier, config)
+        network = models.integer_network(classifier.to(config.device), config.eval_batch)
     purpose = "base certificate" if method == "base" else "certificate"
     work = partial(arq.certify_images, network, frame.test_images, config, purpose)
     rows_file = folder.make(f"certify, n = {c['n']}", f"certificates-n{c['n']}.tsv", work)
@@ -185,9 +185,7 @@ def run(c: dict, frame: Frame) -> dict:
     line = {**c, "policy": policy, **{name: summary[name] for name in names}}
     line["clean"] = rivals.accuracy(network, frame.test_images, config)
     lines = log.read_text().splitlines() if log.exists() else []
-    for record in map(json.loads, lines):
-        name = "finalist_acr" if "finalist" in record else "search_acr"
-        line.setdefault(name, []).append(round(record["acr"], 5))
+    line["search_acr"] = [round(json.loads(record)["acr"], 5) for record in lines]
     line["seconds_to_choose"] = round(folder.seconds.get("choose", 0.0), 1)
     cuda = config.device == "cuda"
     line["processor"] = torch.cuda.get_device_name() if cuda else platform.machine()

@@ -111,20 +111,15 @@ def draw_run(folder: Path) -> dict:
 
 
 def draw_search(records: list[dict]):
-    """ACR on the search images, by episode. Finalists have more samples, and so larger
-    radii."""
+    """ACR on the search images, by episode."""
     figure, (panel,) = panels(1, 1, 6, 3.4)
-    episodes = [record for record in records if "finalist" not in record]
-    noises = [record["noise"] for record in episodes]
+    noises = [record["noise"] for record in records]
     warmup = noises.count(noises[0]) - 1  # the agent's first episode has the same noise
     panel.axvspan(0.5, warmup + 0.5, color="gainsboro", label="random policies")
-    best = torch.tensor([record["acr"] for record in episodes]).cummax(0).values
-    panel.plot(range(1, len(best) + 1), best, "-", color="black", label="best so far")
-    styles = {"episode": ("o", "black"), "finalist, evaluated again": ("D", "tab:red")}
-    for name, (marker, color) in styles.items():
-        chosen = [record for record in records if ("finalist" in record) == (marker == "D")]
-        x = [record["episode"] + 1 for record in chosen]
-        panel.plot(x, [record["acr"] for record in chosen], marker, color=color, label=name)
+    acrs = torch.tensor([record["acr"] for record in records])
+    episodes = range(1, len(acrs) + 1)
+    panel.plot(episodes, acrs.cummax(0).values, "-", color="black", label="best so far")
+    panel.plot(episodes, acrs, "o", color="black", label="episode")
     panel.set(xlabel="episode", ylabel="ACR, search images")
     add_legend(figure, 2)
     return figure

@@ -45,7 +45,7 @@ def contents(folder: Path) -> dict:
     for name in ("certificates.tsv", "base_certificates.tsv"):
         rows = certify.read_certificates(folder / name)
         left[name] = [row._replace(time="") for row in rows]
-    cache = arq.read_cache(folder / "search_cache.pt")
+    cache = arq.read_state(folder / "search_cache.pt")
     rows = [row._replace(time="") for row in cache.certificates]
     left["search_cache.pt"] = rows, cache.predictions.tolist()
     lines = (folder / "search.jsonl").read_text().splitlines()

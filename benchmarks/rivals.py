@@ -108,7 +108,7 @@ def evaluate_accuracy(policy, cache, start, base, images, judged, config, final=
     models.set_policy(quantized, policy)
     num_batches = config.episode_batches * (2 if final else 1)
     arq.fine_tune(quantized, base, images, config, num_batches, "episode")
-    return accuracy(arq.integer_network(quantized, config), judged, config)
+    return accuracy(models.integer_network(quantized, config.eval_batch), judged, config)
 
 
 @torch.inference_mode()

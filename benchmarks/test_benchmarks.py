@@ -301,7 +301,7 @@ def test_a_cell_rests_on_its_certificates_and_is_made_once(tmp_path, monkeypatch
     cut; what is there is not made again, a cut line is."""
     monkeypatch.setattr(compare, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(compare, "RUNS", tmp_path / "runs")
-    words = "--dataset shapes --device cpu --finalists 1 --search-images 12 --image-size 16"
+    words = "--dataset shapes --device cpu --search-images 12 --image-size 16"
     words += " --search-n 40 --n-p 20 --episodes 3 --episode-batches 1 --finetune-epochs 0.3"
     words += " --images 6 --n0 20 --alpha 0.1 --distill 0.5"
     images = functools.cache(arq.draw_shapes)
