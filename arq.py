@@ -212,13 +212,16 @@ def train(
         # Whole batches are drawn, however many processes share them.
         batches = torch.randperm(len(images)).split(batch_size)[: end - start]
         batches = [batch[MINE] for batch in batches]
-        for index, chosen, pixels in zip(range(start, end), batches, images.batches(batches)):
+        options = {"num_workers": WORKERS if images.size > 64 else 0}
+        options["generator"] = torch.Generator()  # not the one that the noise is drawn from
+        loader = DataLoader(images, batch_sampler=batches, **options)
+        for index, chosen, pixels in zip(range(start, end), batches, loader):
             rise = (index + 1) / (0.2 * num_batches + 1)
             fall = 0.5 + 0.5 * math.cos(math.pi * index / num_batches)
             for group in optimizer.param_groups:
                 group["lr"] = lr * min(rise, fall)
             uniform = torch.rand(3, batch_size)[:, MINE]
-            x = augment(pixels.to(device), uniform)
+            x = augment(pixels.to(device).float().div_(255), uniform)
             noise = config.sigma * torch.randn(batch_size, *x.shape[1:], device=device)
             with torch.autocast(device.type, torch.bfloat16, BFLOAT16[device.type]):
                 losses = loss(network, x, noise[MINE], labels[chosen].to(device))
@@ -328,10 +331,9 @@ def evaluate_saved(config: Config) -> None:
 def build_base(config: Config, num_classes: int) -> Classifier:
     """A float network, of --checkpoint or to be trained."""
     torch.manual_seed(config.seed)
+    base = models.build_classifier(config.arch, num_classes)
     if config.checkpoint:
         base = models.load_base_checkpoint(config.checkpoint, config.arch, num_classes)
-    else:
-        base = models.build_classifier(config.arch, num_classes)
     return base.to(config.device, memory_format=torch.channels_last).eval()
 
 
@@ -372,8 +374,7 @@ def finetune_best(classifier, base, table, images, config, state, save) -> bytes
 
 
 def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config) -> list:
-    """Certificates of some test images; purpose names noise and table."""
-    images = images.subset(evenly_spaced(config.images, len(images)))
+    """Certificates of images; purpose names noise and table."""
     work = certify_images, network, images, config, purpose
     file = folder.make(f"{purpose}s", f"{purpose.replace(' ', '_')}s.tsv", *work)
     rows = certify.read_certificates(file)
@@ -488,10 +489,7 @@ def write_whole(path: Path, value) -> None:
         torch.save(value, buffer)
         value = buffer.getbuffer()
     part = path.with_name(f"{path.name}.{RANK}.part")  # all processes write the same
-    with part.open("wb") as file:
-        file.write(value)
-        file.flush()
-        os.fsync(file.fileno())
+    part.write_bytes(value)
     os.replace(part, path)
 
 
@@ -613,8 +611,7 @@ def parse_config(argv=None) -> Config:
     for samples in (config.n, config.search_n, config.n_p):
         certify.alpha_after_noise(alpha, samples, pixels, config.sigma)
     require(config.batch_size >= 2 * WORLD, f"--batch-size: {WORLD} processes need more")
-    fewer = config.n_p <= config.search_n
-    require(fewer, f"--n-p {config.n_p} exceeds --search-n {config.search_n}")
+    require(config.n_p <= config.search_n, "--n-p must not exceed --search-n")
     name = f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-budget{config.budget:g}"
     file = Path(config.policy or config.evaluate or "").parts[-2:]
     config.out = config.out or "-".join([f"runs/{name}", *file, f"seed{config.seed}"])
@@ -641,19 +638,14 @@ class ImageSet:
         labels, source, ids = [[column[i] for i in indices] for column in columns]
         return dataclasses.replace(self, labels=labels, source=source, ids=ids)
 
-    def batch(self, indices, device="cpu") -> Tensor:
-        """Float images (len(indices), 3, size, size) in [0, 1]. Raises ValueError."""
-        images = [self.source[i] for i in indices]
-        images = [x if isinstance(x, Tensor) else read_image(x, self.size) for x in images]
-        return torch.stack(images).to(device).float().div_(255)
+    def __getitem__(self, index) -> Tensor:
+        """A uint8 image (3, size, size). Raises ValueError."""
+        image = self.source[index]
+        return image if isinstance(image, Tensor) else read_image(image, self.size)
 
-    def batches(self, batches: list) -> Iterator[Tensor]:
-        """Images for each indices; processes decode large ones ahead."""
-        processors = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        workers = max(1, min(16, processors)) if self.size > 64 else 0
-        # Starting workers must not move the generator that training draws from.
-        settings = {"num_workers": workers, "generator": torch.Generator()}
-        yield from DataLoader(batches, None, collate_fn=self.batch, **settings)
+    def batch(self, indices, device="cpu") -> Tensor:
+        """Float images (len(indices), 3, size, size) in [0, 1]."""
+        return torch.stack([self[i] for i in indices]).to(device).float().div_(255)
 
 
 def evenly_spaced(count: int, total: int) -> list[int]:
@@ -669,7 +661,7 @@ def hold_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
 
 
 def load_images(config: Config, train: bool) -> ImageSet:
-    """The training or the test set. ValueError: missing or too small."""
+    """All training or some test images. ValueError: missing or too few."""
     root, size = Path(config.data), config.image_size
     test = "test" if (root / "test").is_dir() else "val"
     folder = root / ("train" if train else test)
@@ -696,7 +688,7 @@ def load_images(config: Config, train: bool) -> ImageSet:
     needed = config.search_images + config.batch_size if train else config.images
     asked = "--search-images and a --batch-size need" if train else "--images"
     require(needed <= len(images), f"{asked} {needed}: there are only {len(images)} images")
-    return images
+    return images if train else images.subset(evenly_spaced(config.images, len(images)))
 
 
 def read_image(path: str, size: int) -> Tensor:
@@ -738,6 +730,7 @@ def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
 WORLD = int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
 MINE = slice(RANK, None, WORLD)  # this process's part of a batch
+WORKERS = max(1, min(16, os.cpu_count() // WORLD))  # they decode large images
 
 
 def gather(value) -> list:
@@ -797,15 +790,15 @@ def cut(value) -> str:
 
 
 def report(results: dict, folder: RunFolder) -> None:
-    """Write results.json and print it, float base and ARQ side by side."""
+    """Write results.json and print it, beside the float base if there is one."""
     write_whole(folder.path / "results.json", {**results, "seconds": folder.seconds})
-    columns = [results]
-    if "base" in results:
-        columns = [results["base"], results]
-        print(f"\n{'':<14}{'float base':>14}{'ARQ':>14}")
+    columns = {"float base": results.get("base"), "ARQ": results}
+    columns = {title: column for title, column in columns.items() if column}
+    print(f"\n{'':<14}" + "".join(f"{title:>14}" for title in columns))
     for name in ("accuracy", "acr", "abstained", "bitops_ratio", "file_bytes", "backend"):
-        print(f"{name:<14}" + "".join(f"{cut(column[name]):>14}" for column in columns))
-    if "acr_difference" in results:
+        cells = [cut(column[name]) for column in columns.values()]
+        print(f"{name:<14}" + "".join(f"{cell:>14}" for cell in cells))
+    if "base" in results:
         mean, error = results["acr_difference"].values()
         print(f"ACR less the base's, same images: {mean:+.4f}, standard error {cut(error)}")
     line = "{images} test images, sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} per image"

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import arq
 import certify
+import models
 from benchmarks.certificates import build_networks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,10 +100,9 @@ def main(argv=None) -> None:
     parser.add_argument("--data", default="data", help="image tree of CIFAR-10")
     parser.add_argument("--checkpoint", required=True, help="float ResNet-20")
     options = parser.parse_args(argv)
-    words = "--dataset cifar10 --sigma 0.25".split()
+    words = f"--dataset cifar10 --sigma 0.25 --images {IMAGES}".split()
     config = arq.parse_config([*words, "--data", options.data])
     images = arq.load_images(config, train=False)
-    images = images.subset(arq.evenly_spaced(IMAGES, len(images)))
     classifiers = build_networks(config, options.checkpoint)
     networks = {"float": classifiers["float"], "4 bits": classifiers["4 bit"]}
     results = {"sigma": config.sigma, "images": IMAGES, "steps": STEPS, "draws": DRAWS}

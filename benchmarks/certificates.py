@@ -56,8 +56,8 @@ def collect(options, sigma: str) -> dict:
     file = WORK / f"{sigma}.pt"
     if file.exists():
         return arq.read_state(file)
-    words = ["--dataset", "cifar10", "--data", options.data, "--sigma", sigma]
-    config = arq.parse_config(words)
+    words = f"--dataset cifar10 --images 5000 --sigma {sigma}".split()
+    config = arq.parse_config([*words, "--data", options.data])
     images = arq.load_images(config, train=False)
     ids = range(50, 5000, 5000 // IMAGES)
     x = images.batch(ids, config.device)

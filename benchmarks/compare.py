@@ -80,9 +80,8 @@ class Frame:
         words += " --episodes 600" if c["method"].endswith(LONG) else ""
         files = ["--data", data, "--checkpoint", str(checkpoint)]
         self.config = config = arq.parse_config(words.split() + files)
-        images, tests = arq.load_images(config, True), arq.load_images(config, False)
+        images, self.test_images = [arq.load_images(config, train) for train in (True, False)]
         self.train_images, self.search_images = arq.hold_out(images, config.search_images)
-        self.test_images = tests.subset(arq.evenly_spaced(config.images, len(tests)))
         self.base = arq.build_base(config, len(images.classes))
         self.table = models.quantize_model(copy.deepcopy(self.base), config.image_size)
         self.options = dataclasses.asdict(config) | {"n": None}
