@@ -3,7 +3,7 @@
     python arq.py  # offline, minutes on two cores
     python arq.py --dataset cifar10 --sigma 0.25 --budget 0.015  # the paper's setting
 
-Algorithm 1 of the paper (Yang et al., arXiv 2410.24214), and who does each line:
+Algorithm 1 (Yang et al., arXiv 2410.24214), and who does each line:
 
     ACR(g), cache <- FullRobustCertify(f)                  certify.Smooth.certify_and_cache
     for each episode                                       search
@@ -18,11 +18,8 @@ Algorithm 1 of the paper (Yang et al., arXiv 2410.24214), and who does each line
     FullRobustCertify(f*) on the test images               certify.Smooth.certify
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
-import dataclasses
 import hashlib
 import io
 import itertools
@@ -31,7 +28,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -49,7 +46,7 @@ import certify
 import models
 from certify import Certificate, ReplayCache, Smooth
 from ddpg import DDPG, DDPGConfig
-from models import Classifier, Layer, Policy, require
+from models import Layer, Policy, require
 
 
 # ---- Algorithm 1 ----
@@ -60,7 +57,7 @@ class BitWidthEnvironment:
     Raises ValueError if 2 bits everywhere do not fit the budget."""
 
     def __init__(self, table: list[Layer], budget: float):
-        require(len(table) > 2, "no layer stands between the first and the last")
+        require(len(table) > 2, "no layer is between the first and the last")
         self.table, self.budget = table, budget
         self.decisions = list(itertools.product(table[1:-1], (0, 1)))  # of [b_w, b_a]
         features = []
@@ -79,7 +76,7 @@ class BitWidthEnvironment:
         least, most = models.MIN_BITS, models.MAX_BITS
         return min(most, max(least, round(least - 0.5 + action * (most - least + 1))))
 
-    def rollout(self, act: Callable) -> tuple[Tensor, Tensor, Policy]:
+    def rollout(self, act) -> tuple[Tensor, Tensor, Policy]:
         """One episode by act(state): states (T, 10), actions (T, 1), forced policy."""
         policy = models.uniform_policy(self.table, models.MIN_BITS)
         states, actions, previous = [], [], 1.0
@@ -109,8 +106,7 @@ def evaluate_policy(policy, cache, start, base, images, search_pixels, config):
     except FloatingPointError:  # training diverged: there is nothing to certify
         return 0.0
     g = SharedSmooth(network, len(images.classes), config.sigma, batch_size=config.eval_batch)
-    bounds = config.alpha_zeta, config.gamma
-    rows = g.certify_incremental(search_pixels, cache, config.n_p, *bounds)
+    rows = g.certify_incremental(search_pixels, cache, config.n_p, config.alpha, config.gamma)
     return certify.average_certified_radius(rows)
 
 
@@ -119,7 +115,7 @@ def relative_gain(acr: float, base_acr: float) -> float:
     return (acr - base_acr) / base_acr
 
 
-def search(cache, environment, agent, evaluate, reward=relative_gain) -> Iterator[dict]:
+def search(cache, environment, agent, evaluate, reward=relative_gain):
     """Algorithm 1, a record per episode; it goes on from the agent's count of episodes.
     cache: f's ReplayCache; agent: a DDPG or the like
     evaluate(policy, cache): ACR(g^P), as `evaluate_policy`; reward(ACR(g^P), ACR(g))"""
@@ -146,11 +142,12 @@ def best_policy(records: list[dict]) -> Policy:
 
 
 # ---- training ----
-BASE_LR, BASE_DECAY, FINETUNE_LR = 0.2, 5e-4, 0.02
+BASE_LR, BASE_DECAY = 0.2, 5e-4
+FINETUNE_LR, FINETUNE_DECAY = 0.02, 1e-4
 BFLOAT16 = {"cuda": True, "mps": False, "cpu": torch.cpu._is_avx512_bf16_supported()}
 
 
-def augment(images: Tensor, uniform: Tensor) -> Tensor:
+def augment(images, uniform):
     """Shift (B, C, H, W) by up to an eighth of the side; flip. uniform: (3, B)."""
     count, _, height, width = images.shape
     pad = max(1, height // 8)
@@ -162,29 +159,20 @@ def augment(images: Tensor, uniform: Tensor) -> Tensor:
     return padded[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def noise_augmentation(network, x, noise, labels, teacher=None, share=0.0) -> Tensor:
-    """Cross-entropy (B,) under Gaussian noise (Cohen et al., section 3.3). A share of
+def noise_augmentation(network, x, noise, labels, teacher=None, share=0.0):
+    """Cross-entropy (B,) under Gaussian noise (Cohen et al., 3.3). A share of
     targets is a teacher's, under other noise: on average its smoothed classifier's."""
     if share > 0:
         with torch.no_grad():
-            noise_of_others = noise.roll(1, 0)
-            answers = teacher(x + noise_of_others).float().softmax(1)
+            answers = teacher(x + noise.roll(1, 0)).float().softmax(1)  # others' noise
         labels = share * answers + (1 - share) * F.one_hot(labels, answers.shape[1])
     return F.cross_entropy(network(x + noise).float(), labels, reduction="none")
 
 
 def train(
-    classifier: nn.Module,
-    images: ImageSet,
-    config: Config,
-    num_batches: int,
-    lr: float,
-    purpose: str = "",
-    decay: float = 1e-4,
-    state: dict | None = None,
-    save: Callable = lambda *progress: None,
-    loss: Callable = noise_augmentation,
-) -> dict[str, Tensor]:
+    classifier, images, config, num_batches, lr, purpose="", decay=FINETUNE_DECAY,
+    state=None, save=lambda *progress: None, loss=noise_augmentation,
+):
     """Nesterov SGD in place, under Gaussian noise; the weights. Ends in evaluation mode.
     The rate rises over a fifth of the batches, then falls along a cosine; decay spares
     step sizes, biases and BatchNorm. config: its seed, sigma and batch_size.
@@ -202,7 +190,6 @@ def train(
     first = state["batch"] if state else 0
     classifier.train()
     network = nn.parallel.DistributedDataParallel(classifier) if WORLD > 1 else classifier
-    labels = torch.tensor(images.labels)
     per_epoch = len(images) // batch_size
     require(per_epoch > 0, f"--batch-size {batch_size} exceeds the {len(images)} images")
     seed = hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()
@@ -211,11 +198,11 @@ def train(
         end = min(start + per_epoch, num_batches)
         # Whole batches are drawn, however many processes share them.
         batches = torch.randperm(len(images)).split(batch_size)[: end - start]
-        batches = [batch[MINE] for batch in batches]
         options = {"num_workers": WORKERS if images.size > 64 else 0}
-        options["generator"] = torch.Generator()  # not the one that the noise is drawn from
-        loader = DataLoader(images, batch_sampler=batches, **options)
-        for index, chosen, pixels in zip(range(start, end), batches, loader):
+        options["batch_sampler"] = [batch[MINE] for batch in batches]
+        options["generator"] = torch.Generator()  # not that of the noise
+        loader = DataLoader(images, **options)
+        for index, (pixels, labels) in zip(range(start, end), loader):
             rise = (index + 1) / (0.2 * num_batches + 1)
             fall = 0.5 + 0.5 * math.cos(math.pi * index / num_batches)
             for group in optimizer.param_groups:
@@ -224,8 +211,8 @@ def train(
             x = augment(pixels.to(device).float().div_(255), uniform)
             noise = config.sigma * torch.randn(batch_size, *x.shape[1:], device=device)
             with torch.autocast(device.type, torch.bfloat16, BFLOAT16[device.type]):
-                losses = loss(network, x, noise[MINE], labels[chosen].to(device))
-            require(losses.shape == chosen.shape, "a loss has one value per image")
+                losses = loss(network, x, noise[MINE], labels.to(device))
+            require(losses.shape == labels.shape, "a loss has one value per image")
             optimizer.zero_grad()
             # Processes average their gradients.
             (WORLD * losses.sum() / batch_size).backward()
@@ -242,13 +229,14 @@ def train(
     return classifier.eval().state_dict()
 
 
-def fine_tune(classifier, base, images, config, num_batches, purpose, **progress):
-    """Train a quantized copy of the float base, which gives a share of the targets."""
+def fine_tune(classifier, base, images, config, num_batches, purpose, *progress):
+    """Train a copy of the float base, which gives a share of the targets."""
     loss = partial(noise_augmentation, teacher=base, share=config.distill)
-    train(classifier, images, config, num_batches, FINETUNE_LR, purpose, loss=loss, **progress)
+    schedule = num_batches, FINETUNE_LR, purpose, FINETUNE_DECAY
+    train(classifier, images, config, *schedule, *progress, loss=loss)
 
 
-def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
+def prepare(base, images, config):
     """A copy of a float network that takes any policy, and its layer table.
     It is calibrated by up to 256 of the images under noise."""
     classifier = copy.deepcopy(base)
@@ -261,19 +249,19 @@ def prepare(base: Classifier, images: ImageSet, config: Config) -> tuple:
 
 
 # ---- the run ----
-def run(config: Config) -> None:
+def run(config):
     """The method in five steps. A step whose file is there is done."""
     images, test_images = load_images(config, True), load_images(config, False)
     same = images.classes == test_images.classes
-    require(same, f"--data {config.data}: classes of test images are others")
+    require(same, f"--data {config.data}: test images have other classes")
     train_images, search_images = hold_out(images, config.search_images)
     base = build_base(config, len(images.classes))
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
     environment = BitWidthEnvironment(table, config.budget)
     given = config.policy and read_policy(config.policy, table, config.budget)
-    folder = RunFolder(config.out, dataclasses.asdict(config) | {"policy": given})
+    folder = RunFolder(config.out, asdict(config) | {"policy": given})
     take_along(config, folder)
-    print(f"{config.arch}; run folder {folder.path}", flush=True)
+    print(f"{config.arch}; run folder {folder.path}")
 
     # 1: the float base classifier f
     epochs = 0 if config.checkpoint else config.epochs
@@ -282,7 +270,7 @@ def run(config: Config) -> None:
     base_file = folder.make("train the base", "base.pt", *work)
     base.load_state_dict(read_state(base_file))
     start, _ = prepare(base, search_images, config)
-    # 2: FullRobustCertify(f) on the search images; 3: the search, or the given policy
+    # 2: FullRobustCertify(f) on search images; 3: the search, or a given policy
     if given:
         file = folder.make("policy", "policy.json", lambda *_: given)
     else:
@@ -290,9 +278,10 @@ def run(config: Config) -> None:
         file = folder.make("certify the base, search", "search_cache.pt", *work)
         cache = read_state(file)
         pixels = search_images.batch(range(len(search_images)), config.device)
-        networks = {"start": start, "base": base}
-        data = {"images": train_images, "search_pixels": pixels, "config": config}
-        evaluate = partial(evaluate_policy, **networks, **data)
+
+        def evaluate(policy, cache):
+            return evaluate_policy(policy, cache, start, base, train_images, pixels, config)
+
         work = run_search, environment, evaluate, cache, config, folder.path
         file = folder.make("search", "policy.json", *work)
     policy = read_policy(file, table, config.budget)
@@ -303,7 +292,7 @@ def run(config: Config) -> None:
     classifier, _, description = models.load_model(file)
     changed = f"{file} has other bits; give policy.json as --policy, and another --out"
     require(description["policy"] == policy, changed)
-    # 5: what was packed, certified on the test images, which are first seen here
+    # 5: what was packed, certified on test images, first seen here
     network = models.integer_network(classifier.to(config.device), config.eval_batch)
     base_rows = certified(folder, "base certificate", base, test_images, config)
     rows = certified(folder, "certificate", network, test_images, config)
@@ -315,20 +304,19 @@ def run(config: Config) -> None:
     report(results, folder)
 
 
-def evaluate_saved(config: Config) -> None:
+def evaluate_saved(config):
     """--evaluate: certify a packed network again."""
     file, images = Path(config.evaluate), load_images(config, False)
     classifier, table, description = models.load_model(file)
-    same = description["classes"] == images.classes
-    require(same, f"{file}: other classes; give its --data")
+    require(description["classes"] == images.classes, f"{file}: other classes; give its --data")
     contents = {"network": hashlib.sha256(file.read_bytes()).hexdigest()}
-    folder = RunFolder(config.out, dataclasses.asdict(config) | contents)
+    folder = RunFolder(config.out, asdict(config) | contents)
     network = models.integer_network(classifier.to(config.device), config.eval_batch)
     rows = certified(folder, "certificate", network, images, config)
     report(summarize(rows, network, table, description["policy"], config, file), folder)
 
 
-def build_base(config: Config, num_classes: int) -> Classifier:
+def build_base(config, num_classes):
     """A float network, of --checkpoint or to be trained."""
     torch.manual_seed(config.seed)
     base = models.build_classifier(config.arch, num_classes)
@@ -360,20 +348,19 @@ def run_search(environment, evaluate, cache, config, path, state, save, agent_cl
         best = max(record["acr"] for record in records)
         print(f"  episode {record['episode'] + 1:>3}/{config.episodes}", end="")
         print(f"  ACR {cut(record['acr'])}  best {cut(best)}", end="")
-        print(f"  BitOPs {100 * ratio:.3f} %  {left} left", flush=True)
+        print(f"  BitOPs {100 * ratio:.3f} %  {left} left")
     return best_policy(records)
 
 
-def finetune_best(classifier, base, table, images, config, state, save) -> bytes:
+def finetune_best(classifier, base, table, images, config, state, save):
     """The packed network, fine-tuned under its policy."""
     num_batches = int(config.finetune_epochs * (len(images) // config.batch_size))
-    schedule = config, num_batches, "fine-tune"
-    fine_tune(classifier, base, images, *schedule, state=state, save=save)
+    fine_tune(classifier, base, images, config, num_batches, "fine-tune", state, save)
     description = {name: getattr(config, name) for name in SAVED_OPTIONS}
     return models.pack_model(classifier, table, {**description, "classes": images.classes})
 
 
-def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config) -> list:
+def certified(folder, purpose, network, images, config):
     """Certificates of images; purpose names noise and table."""
     work = certify_images, network, images, config, purpose
     file = folder.make(f"{purpose}s", f"{purpose.replace(' ', '_')}s.tsv", *work)
@@ -383,7 +370,7 @@ def certified(folder: RunFolder, purpose: str, network, images: ImageSet, config
     return rows
 
 
-def certify_images(network, images: ImageSet, config: Config, purpose: str, state, save):
+def certify_images(network, images, config, purpose, state, save):
     """CERTIFY by blocks of images: a table or, for "search", a ReplayCache."""
     settings = config.sigma, config.seed, config.eval_batch
     g = SharedSmooth(network, len(images.classes), *settings, purpose)
@@ -411,20 +398,20 @@ def certify_images(network, images: ImageSet, config: Config, purpose: str, stat
 class RunFolder:
     """The files of one run. A product that is there is done; work in progress goes on
     from state.pt. ValueError, before anything is touched: a folder in use, or of other
-    options than in config.json, but for FREE ones."""
+    options than in config.json, but for three that change no result."""
 
-    def __init__(self, path, options: dict):
-        self.path, self.options = Path(path), options
+    def __init__(self, path, options):
+        self.path = Path(path)
         file = self.path / "config.json"
         others = {entry.suffix for entry in self.path.glob("*")} - {".lock", ".part"}
         require(file.exists() or not others, f"--out {path} holds no run; give another --out")
-        before = read_json(file) if file.exists() else options
-        for name in options.keys() - FREE:
+        before = json.loads(file.read_text()) if file.exists() else options
+        for name in options.keys() - {"out", "data", "eval_batch"}:
             both = f"{flag(name)} {before.get(name)} there, {options[name]} here"
             require(before.get(name) == options[name], f"{path}: {both}; give another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = (self.path / "run.lock").open("a")
-        try:  # lockf works over NFS, ends with the process, and is not for workers
+        try:  # it ends with the process, and is not for workers
             if RANK == 0 and os.name == "posix":
                 os.lockf(self.lock.fileno(), os.F_TLOCK, 0)
         except OSError as error:  # of other kinds where a file system has no locks
@@ -432,7 +419,7 @@ class RunFolder:
             require(free, f"another process is at work in {path}")
         write_whole(file, options)
 
-    def make(self, name: str, product: str, work: Callable, *arguments) -> Path:
+    def make(self, name, product, work, *arguments):
         """The file `product`: what work(*arguments, state, save) returns, once.
         state: what its last save(state, done, total) kept, None at first.
         Without a state, save only shows how far the work is."""
@@ -440,13 +427,13 @@ class RunFolder:
         saved = read_state(state_file) if state_file.exists() else {}
         self.seconds = saved.get("seconds", {})
         if file.exists():
-            print(f"{name}: done before", flush=True)
+            print(f"{name}: done before")
             return file
         state = saved["state"] if saved.get("product") == product else None
-        print(f"{name} ..." if state is None else f"{name}, continued ...", flush=True)
+        print(f"{name} ..." if state is None else f"{name}, continued ...")
         began = time.monotonic() - self.seconds.get(name, 0.0)
 
-        def save(state, done=1, total=1) -> timedelta:
+        def save(state, done=1, total=1):
             spent = time.monotonic() - began
             if state is not None or done == total:
                 self.seconds[name] = spent
@@ -464,23 +451,23 @@ class RunFolder:
         return file
 
 
-def take_along(config: Config, folder: RunFolder) -> None:
+def take_along(config, folder):
     """Of --checkpoint runs/X/base.pt: its certificates, if images and counts agree."""
     checkpoint = Path(config.checkpoint or "none")
     options = checkpoint.with_name("config.json")
     if checkpoint.name != "base.pt" or not options.exists():
         return
-    before = read_json(options)
+    before = json.loads(options.read_text())
     names = "dataset data image_size images search_images arch sigma n0 n search_n alpha seed"
     agree = all(before.get(name) == getattr(config, name) for name in names.split())
     for product in ("search_cache.pt", "base_certificates.tsv") if agree else ():
         old, new = checkpoint.with_name(product), folder.path / product
         if old.exists() and not new.exists():
-            print(f"{product}: taken from {old.parent}", flush=True)
+            print(f"{product}: taken from {old.parent}")
             write_whole(new, old.read_bytes())
 
 
-def write_whole(path: Path, value) -> None:
+def write_whole(path, value):
     """Write bytes, a JSON file or a torch file, whole or not at all."""
     if path.suffix == ".json":
         value = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
@@ -493,34 +480,28 @@ def write_whole(path: Path, value) -> None:
     os.replace(part, path)
 
 
-def read_state(path: Path):
+def read_state(path):
     require(is_zipfile(path), f"{path} is broken; remove it, and it is made again")
     torch.serialization.add_safe_globals([Certificate, ReplayCache])
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def read_json(path: Path):
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:  # no JSON, no UTF-8
-        raise ValueError(f"{path} is no JSON file ({error})") from None
-
-
-def read_policy(source, table: list[Layer], budget: float) -> Policy:
+def read_policy(source, table, budget):
     """A bit-width for all layers, forced under the budget, or a file that fits."""
     uniform = str(source).isdigit()
-    policy = models.uniform_policy(table, int(source)) if uniform else read_json(Path(source))
+    try:
+        given = int(source) if uniform else json.loads(Path(source).read_text())
+    except ValueError as error:  # no JSON, no UTF-8
+        raise ValueError(f"{source} is no JSON file ({error})") from None
+    policy = models.uniform_policy(table, given) if uniform else given
     models.check_policy([layer.name for layer in table], policy)
-    narrow = max(map(max, policy.values())) <= models.MAX_BITS
-    require(narrow, f"--policy {source}: a run packs 2 to 8 bits")
+    require([32, 32] not in policy.values(), f"--policy {source}: a run packs 2 to 8 bits")
     forced = models.enforce_budget(table, policy, budget)
-    fits = uniform or forced == policy
-    require(fits, f"{source} exceeds --budget {budget}; raise --budget")
+    require(uniform or forced == policy, f"{source} exceeds --budget {budget}; raise --budget")
     return forced
 
 
 # ---- options ----
-FREE = "out", "data", "eval_batch"  # options that change no result
 SAVED_OPTIONS = "dataset", "arch", "image_size", "sigma"  # in the file of a network
 LONG = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 12.0, "episodes": 600}
 LONG |= {"episode_batches": 48, "search_images": 200, "search_n": 1000, "n_p": 250}
@@ -530,63 +511,61 @@ LARGE = {"arch": "resnet50", "finetune_epochs": 10.0, "gamma": 0.995, "image_siz
 PRESETS = {"shapes": {}, "cifar10": LONG, "folder": LONG, "imagenet": LONG | LARGE}
 
 
-def option(default, text: str, least=None, most=2**31 - 1, choices=None, group=None):
+def option(default, text, least=None, most=2**31 - 1, choices=None, group=None):
     """A field of Config, and its argument. group: it begins one in --help."""
     if default is not None:
         text += f" (default: {default})"
     metadata = {"argument": {"help": text, "choices": choices}, "group": group}
-    return dataclasses.field(default=default, metadata=metadata | {"range": (least, most)})
+    return field(default=default, metadata=metadata | {"range": (least, most)})
 
 
-@dataclasses.dataclass
+@dataclass
 class Config:
     """Every option, with its default for `shapes`: the command line."""
 
     dataset: str = option("shapes", "images; shapes are drawn", choices=PRESETS, group="data")
-    data: str = option("data", "folder of the images; CIFAR-10 is downloaded to it")
+    data: str = option("data", "their folder; CIFAR-10 is downloaded to it")
     image_size: int = option(32, "side of the images, in pixels", 8, 4096)
     search_images: int = option(80, "training images held out for the search", 1)
-    images: int = option(100, "test images, evenly spaced over the set", 1)
+    images: int = option(100, "test images, evenly spaced", 1)
     arch: str = option("resnet8", "network", choices=models.NETWORKS, group="method")
     sigma: float = option(0.25, "deviation of the noise, in [0, 1] pixels", 0.004, 4)
-    budget: float = option(0.015, "BitOPs allowed, of the float network's", 1e-5, 1)
-    episodes: int = option(20, "episodes of the search, one policy each", 1)
+    budget: float = option(0.015, "share of the float BitOPs", 1e-5, 1)
+    episodes: int = option(20, "policies that the search tries", 1)
     search_n: int = option(400, "samples of the base per search image", 1)
     n_p: int = option(150, "samples of a policy per search image", 1)
     gamma: float = option(0.99, "p_A from which IRS draws fresh samples", 0, 1)
-    alpha_zeta: float = option(0.001, "alpha of the disparity zeta of IRS", 1e-9, 0.49)
-    policy: str = option(None, "no search: a policy.json, or a bit-width such as 4")
+    policy: str = option(None, "no search: a policy.json, or bits as 4")
     checkpoint: str = option(None, "float base; else one is trained", group="training")
     epochs: int = option(6, "epochs of the base", 1)
-    episode_batches: int = option(8, "training batches of a policy's episode", 0)
+    episode_batches: int = option(8, "training batches of an episode", 0)
     finetune_epochs: float = option(2.0, "epochs of the best policy", 0, 1e6)
-    distill: float = option(0.7, "share of the base in the last targets", 0, 1)
+    distill: float = option(0.7, "share of the base in targets", 0, 1)
     batch_size: int = option(128, "images in a training batch", 2)
     n0: int = option(100, "samples that select the class", 1, group="certificates")
     n: int = option(1000, "samples that bound its probability", 1)
-    alpha: float = option(0.001, "chance of a wrong certificate, each", 1e-9, 0.49)
-    eval_batch: int = option(None, "samples per forward pass when certifying", 1)
+    alpha: float = option(0.001, "chance of a wrong bound, each", 1e-9, 0.49)
+    eval_batch: int = option(None, "samples per forward pass", 1)
     seed: int = option(0, "seed of training, search and noise", 0, group="run")
     device: str = option("auto", "where to run", choices=("auto", "cuda", "mps", "cpu"))
-    out: str = option(None, "run folder (default: by options, under runs/)")
+    out: str = option(None, "run folder (default: named by options)")
     evaluate: str = option(None, "certify this model.arq, and stop")
 
 
-def flag(name: str) -> str:
+def flag(name):
     return "--" + name.replace("_", "-")
 
 
-def parse_config(argv=None) -> Config:
+def parse_config(argv=None):
     """Options from the command line. ValueError for those that cannot work."""
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.description = f"Defaults are those for shapes. For cifar10: {PRESETS['cifar10']}"
     parser.error = lambda message: require(False, f"{message} (see --help)")
-    kinds = {"int": int, "float": float, "str": str}
-    for field in dataclasses.fields(Config):
-        if field.metadata["group"]:
-            group = parser.add_argument_group(field.metadata["group"])
-        argument = field.metadata["argument"]
-        group.add_argument(flag(field.name), type=kinds[field.type], **argument)
+    for item in fields(Config):
+        if item.metadata["group"]:
+            group = parser.add_argument_group(item.metadata["group"])
+        argument = item.metadata["argument"]
+        group.add_argument(flag(item.name), type=item.type, **argument)
     given = vars(parser.parse_args(argv))
     if "evaluate" in given:
         saved, _ = models.read_packed(given["evaluate"])
@@ -602,14 +581,14 @@ def parse_config(argv=None) -> Config:
     if config.eval_batch is None:  # small batches stay in a CPU's cache
         samples = 50 if config.device == "cpu" else 2000
         config.eval_batch = max(8, samples * 32**2 // max(config.image_size, 32) ** 2)
-    for field in dataclasses.fields(Config):
-        value, (least, most) = getattr(config, field.name), field.metadata["range"]
+    for item in fields(Config):
+        value, (least, most) = getattr(config, item.name), item.metadata["range"]
         inside = least is None or least <= value <= most
-        about = f"from {least} to {most}, not {value}: {field.metadata['argument']['help']}"
-        require(inside, f"{flag(field.name)} must be {about}")
-    pixels, alpha = 3 * config.image_size**2, min(config.alpha, config.alpha_zeta)
+        about = f"from {least} to {most}, not {value}: {item.metadata['argument']['help']}"
+        require(inside, f"{flag(item.name)} must be {about}")
+    pixels = 3 * config.image_size**2
     for samples in (config.n, config.search_n, config.n_p):
-        certify.alpha_after_noise(alpha, samples, pixels, config.sigma)
+        certify.alpha_after_noise(config.alpha, samples, pixels, config.sigma)
     require(config.batch_size >= 2 * WORLD, f"--batch-size: {WORLD} processes need more")
     require(config.n_p <= config.search_n, "--n-p must not exceed --search-n")
     name = f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-budget{config.budget:g}"
@@ -619,7 +598,7 @@ def parse_config(argv=None) -> Config:
 
 
 # ---- images ----
-@dataclasses.dataclass
+@dataclass
 class ImageSet:
     """Labelled images, in CIFAR-10's order or by label and name."""
 
@@ -629,38 +608,39 @@ class ImageSet:
     source: list  # uint8 (3, size, size) each, or a file that is decoded when needed
     ids: list[int] | None = None  # positions in the whole set: they name the noise
 
-    def __len__(self) -> int:
+    def __len__(self):
         return len(self.labels)
 
-    def subset(self, indices) -> ImageSet:
+    def subset(self, indices):
         """These images; ids keep their positions in the whole set."""
         columns = self.labels, self.source, self.ids or range(len(self))
         labels, source, ids = [[column[i] for i in indices] for column in columns]
-        return dataclasses.replace(self, labels=labels, source=source, ids=ids)
+        return replace(self, labels=labels, source=source, ids=ids)
 
-    def __getitem__(self, index) -> Tensor:
-        """A uint8 image (3, size, size). Raises ValueError."""
+    def __getitem__(self, index):
+        """A uint8 image (3, size, size) and its label. Raises ValueError."""
         image = self.source[index]
-        return image if isinstance(image, Tensor) else read_image(image, self.size)
+        image = image if isinstance(image, Tensor) else read_image(image, self.size)
+        return image, self.labels[index]
 
-    def batch(self, indices, device="cpu") -> Tensor:
+    def batch(self, indices, device="cpu"):
         """Float images (len(indices), 3, size, size) in [0, 1]."""
-        return torch.stack([self[i] for i in indices]).to(device).float().div_(255)
+        return torch.stack([self[i][0] for i in indices]).to(device).float().div_(255)
 
 
-def evenly_spaced(count: int, total: int) -> list[int]:
+def evenly_spaced(count, total):
     """`count` indices of a set of `total`, evenly spaced from the first."""
     return [i * total // count for i in range(count)]
 
 
-def hold_out(images: ImageSet, count: int) -> tuple[ImageSet, ImageSet]:
+def hold_out(images, count):
     """Training images, and `count` evenly spaced ones that only the search sees."""
     held_out = evenly_spaced(count, len(images))
     others = sorted(set(range(len(images))) - set(held_out))
     return images.subset(others), images.subset(held_out)
 
 
-def load_images(config: Config, train: bool) -> ImageSet:
+def load_images(config, train):
     """All training or some test images. ValueError: missing or too few."""
     root, size = Path(config.data), config.image_size
     test = "test" if (root / "test").is_dir() else "val"
@@ -677,7 +657,7 @@ def load_images(config: Config, train: bool) -> ImageSet:
             tree = ImageFolder(folder)
             source, labels = map(list, zip(*tree.samples))
             if size <= 64 and len(labels) * size**2 < 2**28:  # below 1 GB
-                print(f"decoding {len(labels)} images of {folder}", flush=True)
+                print(f"decoding {len(labels)} images of {folder}")
                 source = [read_image(path, size) for path in source]
             images = ImageSet(labels, tree.classes, size, source)
     except (OSError, RuntimeError) as error:
@@ -691,7 +671,7 @@ def load_images(config: Config, train: bool) -> ImageSet:
     return images if train else images.subset(evenly_spaced(config.images, len(images)))
 
 
-def read_image(path: str, size: int) -> Tensor:
+def read_image(path, size):
     """RGB uint8 (3, size, size): shorter side resized, centre cropped; no EXIF."""
     try:
         with Image.open(path) as file:
@@ -703,7 +683,7 @@ def read_image(path: str, size: int) -> Tensor:
     return TF.center_crop(TF.resize(image, [size]), [size, size])
 
 
-def draw_shapes(count: int, seed: int, size: int) -> ImageSet:
+def draw_shapes(count, seed, size):
     """Ten classes of flowers of any place, size, tilt, colour and ground."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -733,7 +713,7 @@ MINE = slice(RANK, None, WORLD)  # this process's part of a batch
 WORKERS = max(1, min(16, os.cpu_count() // WORLD))  # they decode large images
 
 
-def gather(value) -> list:
+def gather(value):
     """Every process's value, by rank, in every process; waits for all."""
     values = [value] * WORLD
     if WORLD > 1:
@@ -741,7 +721,7 @@ def gather(value) -> list:
     return values
 
 
-def start_processes(device: str) -> None:
+def start_processes(device):
     """Those of torchrun find each other; only rank 0 prints."""
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -761,7 +741,7 @@ class SharedSmooth(Smooth):
 
 
 # ---- reports ----
-def summarize(rows, network, table, policy: Policy, config: Config, file: Path) -> dict:
+def summarize(rows, network, table, policy, config, file):
     """What results.json says of a network and its file."""
     accuracy, acr = certify.certified_accuracy, certify.average_certified_radius
     two_sided = certify.two_sided(rows)
@@ -782,14 +762,14 @@ def summarize(rows, network, table, policy: Policy, config: Config, file: Path) 
     }
 
 
-def cut(value) -> str:
+def cut(value):
     """Fractions to four decimals, towards zero."""
-    if isinstance(value, float):
-        return f"{int(round(value * 1e4, 9)) / 1e4:.4f}"  # 0.57e4 is 5699.999999999999
-    return "none" if value is None else str(value)
+    # 0.57e4 is 5699.999999999999
+    cuts = isinstance(value, float)
+    return f"{int(round(value * 1e4, 9)) / 1e4:.4f}" if cuts else str(value)
 
 
-def report(results: dict, folder: RunFolder) -> None:
+def report(results, folder):
     """Write results.json and print it, beside the float base if there is one."""
     write_whole(folder.path / "results.json", {**results, "seconds": folder.seconds})
     columns = {"float base": results.get("base"), "ARQ": results}
@@ -802,11 +782,12 @@ def report(results: dict, folder: RunFolder) -> None:
         mean, error = results["acr_difference"].values()
         print(f"ACR less the base's, same images: {mean:+.4f}, standard error {cut(error)}")
     line = "{images} test images, sigma {sigma}, n0 = {n0}, n = {n}, alpha = {alpha} per image"
-    print(f"{line.format(**results)}; in {folder.path}/", flush=True)
+    print(f"{line.format(**results)}; in {folder.path}/")
 
 
-def main(argv=None) -> int:
+def main(argv=None):
     code, remedy = 2, "the same command continues"
+    sys.stdout.reconfigure(line_buffering=True)
     try:
         config = parse_config(argv)
         if WORLD > 1:
@@ -822,7 +803,7 @@ def main(argv=None) -> int:
         message = f"{error.filename or config.out}: {error.strerror or error}; then {remedy}"
     except torch.OutOfMemoryError:
         message = f"no memory; give a smaller --eval-batch or --batch-size; {remedy}"
-    print(f"arq.py: error: {message}", file=sys.stderr, flush=True)
+    print(f"arq.py: error: {message}", file=sys.stderr)
     return code
 
 

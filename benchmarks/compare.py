@@ -149,7 +149,7 @@ def finetune_float(frame: Frame, state, save) -> dict:
     network = copy.deepcopy(frame.base)
     num_batches = int(config.finetune_epochs * (len(images) // config.batch_size))
     schedule = config, num_batches, "fine-tune"
-    arq.fine_tune(network, frame.base, images, *schedule, state=state, save=save)
+    arq.fine_tune(network, frame.base, images, *schedule, state, save)
     return network.state_dict()
 
 
@@ -167,7 +167,7 @@ def run(c: dict, frame: Frame) -> dict:
         if method.removesuffix(LONG) in AGENTS:
             frame.prepare_search()
         work = partial(choose, method, frame, folder.path)
-        policy = arq.read_json(folder.make("choose", "policy.json", work))
+        policy = json.loads(folder.make("choose", "policy.json", work).read_text())
         file = folder.make("fine-tune", "model.arq", partial(finetune, frame, policy))
         classifier, _, _ = models.load_model(file)
         network = models.integer_network(classifier.to(config.device), config.eval_batch)

@@ -50,9 +50,8 @@ def contents(folder: Path) -> dict:
     left["search_cache.pt"] = rows, cache.predictions.tolist()
     lines = (folder / "search.jsonl").read_text().splitlines()
     left["search.jsonl"] = [json.loads(line) for line in lines]
-    left["results.json"] = arq.read_json(folder / "results.json")
-    for record in [*left["search.jsonl"], left["results.json"]]:
-        del record["seconds"]
+    left["results.json"] = json.loads((folder / "results.json").read_text())
+    del left["results.json"]["seconds"]
     return left
 
 

@@ -13,7 +13,6 @@ processor one without VNNI; "bfloat16" marks processors that have it.
 
 import argparse
 import copy
-import ctypes
 import json
 import os
 import statistics
@@ -161,8 +160,6 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="ResNet-20 on one thread")
     options = parser.parse_args(argv)
-    for option, value in ((-3, 2**30), (-1, 2**31 - 1)):  # keeps freed memory, as arq.main does
-        ctypes.CDLL(None).mallopt(option, value)
     batch_sizes = [50, 100] if options.quick else [10, 25, 50, 100, 250, 1000]
     measured = {"torch": torch.__version__}
     measured["capability"] = torch.backends.cpu.get_cpu_capability()
