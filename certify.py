@@ -18,8 +18,6 @@ units; noise is added before any normalisation.
     n_p       n_p         samples of f^P per image
     zeta      zeta        upper confidence bound of P[f(x + eps) != f^P(x + eps)]
     R         radius      g is constant within this l2 distance of x
-
-Cohen, Rosenfeld, Kolter, ICML 2019 (CERTIFY, PREDICT); Ugare et al., 2024 (IRS).
 """
 
 import csv
@@ -28,7 +26,6 @@ import hashlib
 import math
 import time
 from datetime import timedelta
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -46,6 +43,9 @@ def require(condition, message: str) -> None:
 
 
 # ---- bounds and radii ----
+_float64 = functools.partial(torch.as_tensor, dtype=torch.float64, device="cpu")
+
+
 def lower_confidence_bound(k, n, alpha):
     """One-sided Clopper-Pearson bound, from k successes in n trials:
     P[bound <= true probability] >= 1 - alpha. Numbers give a float, arrays a tensor."""
@@ -53,14 +53,16 @@ def lower_confidence_bound(k, n, alpha):
     valid = (alpha > 0) & (alpha < 1) & (k >= 0) & (k <= n) & (n >= 1)
     require(valid.all(), "0 < alpha < 1, 0 <= k <= n and n >= 1 must hold")
     margin = MARGIN * (n / 1e6).clip(min=1)  # errors grow
-    quantile = _float64(betaincinv(k, n - k + 1, alpha) * (1 - margin))
-    return _unwrap(quantile.nan_to_num(0))  # k = 0 has none
+    quantile = betaincinv(k, n - k + 1, alpha)  # nan where k = 0
+    bound = _float64(quantile * (1 - margin)).nan_to_num(0)
+    return bound if bound.ndim else bound.item()
 
 
 def upper_confidence_bound(k, n, alpha):
     """The same from above: P[bound >= true probability] >= 1 - alpha."""
     low = lower_confidence_bound(_float64(n) - _float64(k), n, alpha)
-    return _unwrap((1 + 2**-52 - _float64(low)).clip(max=1))  # covers rounding
+    bound = (1 + 2**-52 - _float64(low)).clip(max=1)  # covers rounding
+    return bound if bound.ndim else bound.item()
 
 
 def certified_radius(p_a, sigma, p_b=None):
@@ -74,15 +76,8 @@ def certified_radius(p_a, sigma, p_b=None):
     require(possible.all(), "probabilities must lie between 0 and 1")
     quantile_a, quantile_b = (_float64(ndtri(p.numpy())) for p in (p_a, p_b))
     radius = sigma / 2 * (quantile_a - quantile_b - MARGIN).clip(min=0)
-    return _unwrap(radius.nan_to_num(0, math.inf))  # inf - inf
-
-
-def _float64(value):
-    return torch.as_tensor(value, dtype=torch.float64).cpu()
-
-
-def _unwrap(value):
-    return value if value.ndim else value.item()
+    radius = radius.nan_to_num(0, math.inf)  # inf - inf
+    return radius if radius.ndim else radius.item()
 
 
 # ---- noise ----
@@ -199,7 +194,7 @@ class Smooth:
         self.samples = 0  # noisy images that f has classified
 
     def certify(self, images, labels, ids=None, n0=100, n=1000, alpha=0.001):
-        """CERTIFY (Cohen et al., section 3.2.2): a Certificate per image.
+        """CERTIFY (Cohen, Rosenfeld, Kolter, ICML 2019, 3.2.2): a Certificate per image.
         Unless it abstains, g predicts `predict` everywhere closer than `radius`, with
         probability at least 1 - alpha each. ids name the noise (default: positions)."""
         return self.certify_and_cache(images, labels, ids, n0, n, alpha, False).certificates
@@ -211,7 +206,7 @@ class Smooth:
         skip_wrong: no samples where c_A is wrong, which adds 0 to every ACR."""
         start = time.monotonic()
         alpha = self._alpha(alpha, images, n)
-        ids = range(len(images)) if ids is None else ids
+        ids = torch.arange(len(images)) if ids is None else torch.as_tensor(ids)
         # counts0 <- SampleUnderNoise(f, x, n0, sigma)
         counts0 = self.sample_under_noise(images, ids, n0, self.key + "/select")
         labels = torch.as_tensor(labels).cpu()
@@ -224,7 +219,8 @@ class Smooth:
         sizes = torch.where(selected == labels, n, 0 if skip_wrong else n)
         key = f"{self.key}/estimate{n}"  # another n: other noise
         predictions = self.predictions(images, ids, sizes, key)
-        counts = self._count(predictions) * (sizes > 0)[:, None]
+        counts = [row.bincount(None, self.num_classes) for row in predictions]
+        counts = torch.stack(counts) * (sizes > 0)[:, None]
         c_a = selected[:, None]
         n_a = counts.gather(1, c_a).squeeze(1)
         n_b = counts.scatter(1, c_a, 0).amax(1)
@@ -235,10 +231,10 @@ class Smooth:
         radius = certified_radius(p_a, self.sigma)
         correct = (predicted == labels).long()
         seconds = timedelta(seconds=(time.monotonic() - start) / len(labels))
-        columns = [ids, labels.long(), predicted, radius, correct, repeat(str(seconds))]
-        columns += [selected, n_a, n_b, sizes]
-        columns += map(repeat, (n0, self.sigma, alpha, self.levels))
-        rows = _records(Certificate, columns)
+        columns = ids, labels.long(), predicted, radius, correct, selected, n_a, n_b, sizes
+        rows = zip(*(column.tolist() for column in columns))
+        settings = n0, self.sigma, alpha, self.levels
+        rows = [Certificate(*row[:5], str(seconds), *row[5:], *settings) for row in rows]
         missing = n - predictions.shape[1]  # if all were skipped
         return ReplayCache(rows, nn.functional.pad(predictions, (0, missing)), key)
 
@@ -257,7 +253,7 @@ class Smooth:
         return torch.where(p_a >= 0.5, classes[:, 0], ABSTAIN).tolist()
 
     def certify_incremental(self, images, cache, n_p, alpha_zeta=0.001, gamma=0.99):
-        """IRS (Ugare et al., Algorithm 2): certify a changed f^P with n_p samples, not n.
+        """IRS (Ugare et al., 2024, Algorithm 2): certify a changed f^P with n_p samples, not n.
         With probability 1 - (alpha + alpha_zeta) each, g^P predicts `predict` within `radius`,
         for an f^P chosen without this noise (a search uses it).
 
@@ -281,7 +277,7 @@ class Smooth:
         new = self.predictions(images, ids, replay * n_p, cache.key)
         n_delta = (new != cache.predictions[:, : new.shape[1]]).sum(1)
         #     zeta <- UpperConfBound(n_delta, n_p, alpha_zeta); p <- p_A - zeta
-        zeta = upper_confidence_bound(n_delta, n_p, alpha_zeta)
+        zeta = upper_confidence_bound(n_delta, n_p, alpha_zeta).where(replay, math.nan)
         p_replayed = (p_a - zeta).clamp(min=0)
         # else:
         fresh = right & ~replay
@@ -295,52 +291,43 @@ class Smooth:
         radius = certified_radius(right * p, self.sigma)
         predicted = torch.where(radius > 0, selected, ABSTAIN)
         methods = [["none", "fresh", "replayed"][i] for i in (fresh + 2 * replay).tolist()]
-        columns = [ids, labels, predicted, radius, (radius > 0).long()]
-        columns += [methods, right * n_p, torch.where(replay, zeta, math.nan)]
-        return _records(IncrementalCertificate, columns)
+        columns = ids, labels, predicted, radius, (radius > 0).long(), right * n_p, zeta
+        columns = [column.tolist() for column in columns]
+        columns.insert(5, methods)
+        return [IncrementalCertificate(*row) for row in zip(*columns)]
 
     def _alpha(self, alpha, images, n):
         pixels = math.prod(getattr(images, "shape", ())[1:])
         return alpha_after_noise(alpha, n, pixels, self.sigma, self.levels)
 
-    def _checked_images(self, images):
-        """k of images k / levels in float32; for float noise the images."""
-        is_batch = isinstance(images, Tensor) and images.ndim == 4 and images.numel()
-        require(is_batch, "images must be a tensor (B, C, H, W), not empty")
-        valid = images.is_floating_point() and images.equal(images.clamp(0, 1))
-        require(valid, "images must be floats in [0, 1]; divide 8-bit ones by 255")
-        if self.levels is None:
-            return images
-        k = (images.float() * self.levels).round()
-        near = (images - k / self.levels).abs().max() < 2**-22
-        require(near, f"off the grid: round images to k / {self.levels}")
-        return k
-
     def sample_under_noise(self, images, ids, n, key):
         """Counts (B, classes) of f's predictions on n noisy copies."""
         require(n >= 1, f"{n} samples select no class")
         sizes = torch.full((len(images),), n)
-        return self._count(self.predictions(images, ids, sizes, key))
-
-    def _count(self, predictions):
-        """Counts (B, classes) among predictions (B, n)."""
+        predictions = self.predictions(images, ids, sizes, key)
         return torch.stack([row.bincount(None, self.num_classes) for row in predictions])
 
     @torch.inference_mode()
     def predictions(self, images, ids, sizes, key):
         """f's classes of sizes[i] copies of images[i], then zeros: (B, max size)."""
-        images = self._checked_images(images)
+        is_batch = isinstance(images, Tensor) and images.ndim == 4 and images.numel()
+        require(is_batch, "images must be a tensor (B, C, H, W), not empty")
+        valid = images.is_floating_point() and images.equal(images.clamp(0, 1))
+        require(valid, "images must be floats in [0, 1]; divide 8-bit ones by 255")
+        levels = self.levels or 1  # float noise has no grid: images stay as they are
+        k = images if self.levels is None else (images.float() * levels).round()
+        near = (images - k / levels).abs().max() < 2**-22
+        require(near, f"off the grid: round images to k / {levels}")
         ids = torch.as_tensor(ids)
         named = ids.shape == ids.unique().shape == images.shape[:1]
         named = named and torch.can_cast(ids.dtype, torch.int64)
         require(named, f"{len(images)} images need as many different ids, integers")
         classes, rest = [torch.arange(0)], []
-        for image, image_id, size in zip(images, ids.tolist(), sizes.tolist()):
+        for pixels, image_id, size in zip(k, ids.tolist(), sizes.tolist()):
             for chunk in range(math.ceil(size / CHUNK)):
-                which = key, image_id, chunk, image.shape, image.device
+                which = key, image_id, chunk, pixels.shape, pixels.device
                 noise = draw_noise(*which, self.sigma, self.levels)
-                noisy = noise[: size - chunk * CHUNK].add_(image)
-                noisy = noisy if self.levels is None else noisy.div_(self.levels)
+                noisy = noise[: size - chunk * CHUNK].add_(pixels).div_(levels)
                 *batches, last = torch.cat([*rest, noisy]).split(self.batch_size)
                 classes += map(self._classify, batches)
                 rest = [last]  # batches span images
@@ -370,12 +357,6 @@ class Smooth:
         alone = (logits == largest[:, None]).sum(1) == 1  # +inf is an answer
         require((largest.isfinite() | alone).all(), "logits are not finite")
         return classes.cpu()
-
-
-def _records(record_type, columns):
-    """A record per image, from a column per field."""
-    columns = [c.tolist() if isinstance(c, Tensor) else c for c in columns]
-    return [record_type(*row) for row in zip(*columns)]
 
 
 # ---- aggregates and files ----
