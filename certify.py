@@ -1,25 +1,23 @@
 """Randomized smoothing: certify any classifier `images -> logits`.
 
-    g = Smooth(classifier, num_classes=10, sigma=0.25)
-    g.certify(images, labels)                    # CERTIFY: classes and l2 radii
-    g.predict(images)                            # PREDICT: classes, or ABSTAIN
-    cache = g.certify_and_cache(images, labels)  # CERTIFY, keeping what f predicted
+    g = Smooth(f, num_classes=10, sigma=0.25)
+    g.certify(images, labels)  # CERTIFY: classes and l2 radii
+    g.predict(images)  # PREDICT: classes, or ABSTAIN
+    cache = g.certify_and_cache(images, labels)  # also what f predicted
     Smooth(changed, 10, 0.25).certify_incremental(images, cache, n_p=100)  # IRS
 
-This file stands alone. Pixels are k / 255 in [0, 1], sigma and radii in their
-units; noise is added before any normalisation.
+This file stands alone. Pixels lie in [0, 1], sigma and radii are in their units;
+noise is added before any normalisation.
 
     paper     here        meaning
-    f, f^P    classifier  base, changed classifier: images (B, C, H, W) -> logits (B, k)
+    f, f^P    classifier  base, changed: images (B, C, H, W) -> logits (B, k)
     g         Smooth      g(x) = argmax_c P[f(x + eps) = c], eps ~ N(0, sigma^2 I)
     c_A       selected    class chosen on n0 samples; the bounds use others
     n_A, n_B  n_a, n_b    votes of n for c_A, for the most counted other class
     p_A, p_B  p_a, p_b    bounds of P[f(x + eps) = c], c_A from below, others above
     n_p       n_p         samples of f^P per image
-    zeta      zeta        upper confidence bound of P[f(x + eps) != f^P(x + eps)]
+    zeta      zeta        upper bound of P[f(x + eps) != f^P(x + eps)]
     R         radius      g is constant within this l2 distance of x
-
-Cohen, Rosenfeld, Kolter, ICML 2019 (CERTIFY, PREDICT); Ugare et al., 2024 (IRS).
 """
 
 import csv
@@ -28,7 +26,6 @@ import hashlib
 import math
 import time
 from datetime import timedelta
-from itertools import repeat
 from typing import NamedTuple
 
 import torch
@@ -37,7 +34,7 @@ from torch import Tensor, nn
 
 ABSTAIN = -1
 CHUNK = 100  # samples drawn at a time
-MARGIN = 1e-12  # against rounding: errors are below 5e-13 of a bound, 1e-15 sigma
+MARGIN = 1e-12  # above rounding: 5e-13 of a bound, 1e-15 sigma
 
 
 def require(condition, message: str) -> None:
@@ -46,43 +43,39 @@ def require(condition, message: str) -> None:
 
 
 # ---- bounds and radii ----
+_float64 = functools.partial(torch.as_tensor, dtype=torch.float64, device="cpu")
+
+
 def lower_confidence_bound(k, n, alpha):
-    """One-sided Clopper-Pearson bound, from k successes in n trials:
-    P[bound <= true probability] >= 1 - alpha. Numbers give a float, arrays a tensor."""
-    k, n, alpha = (_float64(value).numpy() for value in (k, n, alpha))
+    """P[bound <= true probability] >= 1 - alpha (Clopper-Pearson, one-sided), from k
+    successes in n trials. Numbers give a float, arrays a tensor."""
+    k, n, alpha = (_float64(x).numpy() for x in (k, n, alpha))
     valid = (alpha > 0) & (alpha < 1) & (k >= 0) & (k <= n) & (n >= 1)
     require(valid.all(), "0 < alpha < 1, 0 <= k <= n and n >= 1 must hold")
     margin = MARGIN * (n / 1e6).clip(min=1)  # errors grow
-    quantile = _float64(betaincinv(k, n - k + 1, alpha) * (1 - margin))
-    return _unwrap(quantile.nan_to_num(0))  # k = 0 has none
+    quantile = betaincinv(k, n - k + 1, alpha)  # nan where k = 0
+    bound = _float64(quantile * (1 - margin)).nan_to_num(0)
+    return bound if bound.ndim else bound.item()
 
 
 def upper_confidence_bound(k, n, alpha):
     """The same from above: P[bound >= true probability] >= 1 - alpha."""
     low = lower_confidence_bound(_float64(n) - _float64(k), n, alpha)
-    return _unwrap((1 + 2**-52 - _float64(low)).clip(max=1))  # covers rounding
+    bound = (1 + 2**-52 - _float64(low)).clip(max=1)  # covers rounding
+    return bound if bound.ndim else bound.item()
 
 
 def certified_radius(p_a, sigma, p_b=None):
     """R = sigma / 2 (Phi^-1(p_A) - Phi^-1(p_B)), in l2 (ARQ, Theorem 2.1).
-    p_a bounds the predicted class from below, p_b all others from above; without p_b, 1 -
-    p_a does: R = sigma Phi^-1(p_A), as published. 0 where nothing is certified."""
+    0 where nothing is certified. Without p_b, R = sigma Phi^-1(p_A), as published."""
     require(0 < sigma < math.inf, f"sigma must be positive, not {sigma}")
-    p_a = _float64(p_a)
-    p_b = 1 - p_a if p_b is None else _float64(p_b)
-    possible = (p_a >= 0) & (p_a <= 1) & (p_b >= 0) & (p_b <= 1)
-    require(possible.all(), "probabilities must lie between 0 and 1")
-    quantile_a, quantile_b = (_float64(ndtri(p.numpy())) for p in (p_a, p_b))
+    p_b = 1 - _float64(p_a) if p_b is None else p_b
+    p = torch.stack(torch.broadcast_tensors(_float64(p_a), _float64(p_b)))
+    require(p.equal(p.clip(0, 1)), "probabilities must lie between 0 and 1")
+    quantile_a, quantile_b = _float64(ndtri(p.numpy()))
     radius = sigma / 2 * (quantile_a - quantile_b - MARGIN).clip(min=0)
-    return _unwrap(radius.nan_to_num(0, math.inf))  # inf - inf
-
-
-def _float64(value):
-    return torch.as_tensor(value, dtype=torch.float64).cpu()
-
-
-def _unwrap(value):
-    return value if value.ndim else value.item()
+    radius = radius.nan_to_num(0, math.inf)  # inf - inf
+    return radius if radius.ndim else radius.item()
 
 
 # ---- noise ----
@@ -100,12 +93,12 @@ def noise_table(sigma, levels, device):
     units[-lowest] += 2**62 - units.sum()
     ends = units.cumsum(0)
     cells = torch.searchsorted(ends, torch.arange(2**16 + 1) << 46, right=True)
-    by_16_bits = torch.where(cells.diff() == 0, cells[:-1] + lowest, math.nan).float()
-    return lowest, ends.to(device), by_16_bits.to(device)
+    by_bits = torch.where(cells.diff() == 0, cells[:-1] + lowest, math.nan).float()
+    return lowest, ends.to(device), by_bits.to(device)
 
 
 def draw_noise(key, image_id, chunk, shape, device, sigma, levels):
-    """m or, without levels, eps (CHUNK, *shape), equal for equal arguments and devices."""
+    """m or, without levels, eps (CHUNK, *shape); equal arguments draw equal noise."""
     start = hashlib.sha256(f"{key}|{image_id}".encode()).digest()
     # CPU generators keep 32 bits: chunks count up from start, so none repeats.
     seed = (int.from_bytes(start[:4], "little") + chunk) % 2**32
@@ -113,11 +106,11 @@ def draw_noise(key, image_id, chunk, shape, device, sigma, levels):
     shape = CHUNK, *shape
     if levels is None:
         return torch.randn(shape, generator=generator, device=device).mul_(sigma)
-    lowest, ends, by_16_bits = noise_table(sigma, levels, device)
+    lowest, ends, by_bits = noise_table(sigma, levels, device)
     bits = torch.empty(math.prod(shape) // 4, dtype=torch.int64, device=device)
     bits.random_(-(2**63), None, generator=generator)
     high = bits.view(torch.uint16).int()  # four times 16
-    m = by_16_bits.index_select(0, high)
+    m = by_bits.index_select(0, high)
     undecided = m.isnan().nonzero().squeeze(1)
     number = high[undecided].long() << 46
     number += torch.empty_like(number).random_(0, 2**46, generator=generator)
@@ -127,36 +120,35 @@ def draw_noise(key, image_id, chunk, shape, device, sigma, levels):
 
 def alpha_after_noise(alpha, n, pixels, sigma, levels=255) -> float:
     """alpha less the total variation of n samples' noise to Gaussian noise; pixels in
-    all channels. ValueError if then even n votes of n certify nothing."""
+    all channels. ValueError if n votes of n then certify nothing."""
     per_pixel = 0.0 if levels is None else levels * sigma * 2**-57 + 2**-50
     error = n * pixels * per_pixel  # measured: at most a third of this
     least = 0.5**n + error
-    need = f"{n} samples need alpha in {least:.2g} to 1, not {alpha}; take more"
-    require(least < alpha < 1, need)
+    require(least < alpha < 1, f"{n} samples need alpha in {least:.2g} to 1, not {alpha}")
     return alpha - error
 
 
 # ---- certificates ----
-class Certificate(NamedTuple):  # other tools know the first six fields only
+class Certificate(NamedTuple):  # other tools have the first six fields
     idx: int  # the image's id
     label: int
     predict: int  # g's class, or ABSTAIN
     radius: float  # 0 where g abstains
     correct: int  # 1 if predict is the label, else 0
     time: str = ""  # h:mm:ss.ffffff
-    selected: int | None = None  # c_A
-    n_a: int | None = None  # votes for c_A
-    n_b: int | None = None  # votes for the most counted other class
-    n: int | None = None  # samples that voted; 0 for a skipped image
-    n0: int | None = None  # samples that selected c_A
+    selected: int | None = None
+    n_a: int | None = None
+    n_b: int | None = None
+    n: int | None = None  # samples that voted; 0 if skipped
+    n0: int | None = None
     sigma: float | None = None
-    alpha: float | None = None  # of the bound: what the noise left of it
+    alpha: float | None = None  # of the bound, after the noise
     levels: int | None = None  # of the noise's grid; none: float noise
 
 
 class ReplayCache(NamedTuple):
     certificates: list[Certificate]  # of f
-    predictions: Tensor  # f's class for each sample (B, n); 0 if skipped
+    predictions: Tensor  # f's class for each sample (B, n); 0 where skipped
     key: str  # of those samples' noise
 
 
@@ -167,24 +159,23 @@ class IncrementalCertificate(NamedTuple):  # of f^P
     radius: float
     correct: int
     method: str  # none, fresh or replayed
-    passes: int  # samples of f^P, none where f's class is wrong
+    passes: int  # samples of f^P; 0 where f's class is wrong
     zeta: float  # nan unless replayed
 
 
 class Smooth:
     """The smoothed classifier g of a callable f. num_classes may be None.
-    seed, purpose: name the noise; equal names draw equal noise
-    batch_size: samples per forward pass
-    levels: pixels are k / levels; without, any pixels and float noise, whose certificates
+    seed, purpose: name the noise; batch_size: samples per forward pass
+    levels: pixels are k / levels; None: any pixels and float noise, whose certificates
         hold in real arithmetic only (Voracek, Hein 2023)
 
     Theorem: certificates hold for all real perturbations, whatever f computes on floats.
     F(z) = f(round(levels z) / levels) is a function of real images; g smooths F.
     As k is integer, round(k + levels eps) = k + m with m = round(levels eps): f votes on
     (k + m) / levels as F on x + eps, and Cohen et al. prove it for F and g.
-    What the drawn m are off by, in total variation, is taken off alpha.
-    Assumed: the generator's bits are random; f has one answer per input, whatever
-    the batch. Integer networks do; float ones may round differently in other batches."""
+    The distance of the drawn m in total variation is taken off alpha.
+    Assumed: bits are random; f has one answer per input in any batch, as integer networks
+    do; float ones may round differently."""
 
     def __init__(
         self, classifier, num_classes, sigma, seed=0, batch_size=100, purpose="main", levels=255
@@ -196,13 +187,14 @@ class Smooth:
         self.classifier, self.num_classes = classifier, num_classes
         self.sigma, self.batch_size, self.levels = sigma, batch_size, levels
         self.key = f"{seed}|{purpose}"  # equal keys replay the noise
-        self.samples = 0  # noisy images that f has classified
+        self.samples = 0  # that f has classified
 
     def certify(self, images, labels, ids=None, n0=100, n=1000, alpha=0.001):
-        """CERTIFY (Cohen et al., section 3.2.2): a Certificate per image.
-        Unless it abstains, g predicts `predict` everywhere closer than `radius`, with
-        probability at least 1 - alpha each. ids name the noise (default: positions)."""
-        return self.certify_and_cache(images, labels, ids, n0, n, alpha, False).certificates
+        """CERTIFY (Cohen et al., ICML 2019, 3.2.2): a Certificate per image.
+        With probability 1 - alpha each, g predicts `predict` within `radius`.
+        ids (B,) name the noise."""
+        cache = self.certify_and_cache(images, labels, ids, n0, n, alpha, False)
+        return cache.certificates
 
     def certify_and_cache(
         self, images, labels, ids=None, n0=100, n=1000, alpha=0.001, skip_wrong=True
@@ -211,11 +203,11 @@ class Smooth:
         skip_wrong: no samples where c_A is wrong, which adds 0 to every ACR."""
         start = time.monotonic()
         alpha = self._alpha(alpha, images, n)
-        ids = range(len(images)) if ids is None else ids
+        ids = torch.arange(len(images)) if ids is None else torch.as_tensor(ids)
         # counts0 <- SampleUnderNoise(f, x, n0, sigma)
         counts0 = self.sample_under_noise(images, ids, n0, self.key + "/select")
         labels = torch.as_tensor(labels).cpu()
-        valid = labels.shape == (len(ids),) and torch.can_cast(labels.dtype, torch.int64)
+        valid = labels.shape == ids.shape and not labels.is_floating_point()
         valid = valid and 0 <= labels.min() and labels.max() < self.num_classes
         require(valid, f"{len(ids)} images need as many labels below {self.num_classes}")
         # c_A <- top index in counts0
@@ -224,10 +216,10 @@ class Smooth:
         sizes = torch.where(selected == labels, n, 0 if skip_wrong else n)
         key = f"{self.key}/estimate{n}"  # another n: other noise
         predictions = self.predictions(images, ids, sizes, key)
-        counts = self._count(predictions) * (sizes > 0)[:, None]
-        c_a = selected[:, None]
-        n_a = counts.gather(1, c_a).squeeze(1)
-        n_b = counts.scatter(1, c_a, 0).amax(1)
+        counts = [row.bincount(None, self.num_classes) for row in predictions]
+        counts = torch.stack(counts) * (sizes > 0)[:, None]
+        n_a = counts.gather(1, selected[:, None]).squeeze(1)
+        n_b = counts.scatter(1, selected[:, None], 0).amax(1)
         # p_A <- LowerConfBound(counts[c_A], n, 1 - alpha)
         p_a = lower_confidence_bound(n_a, n, alpha)
         # if p_A > 1/2 return prediction c_A and radius sigma Phi^-1(p_A), else ABSTAIN
@@ -235,17 +227,16 @@ class Smooth:
         radius = certified_radius(p_a, self.sigma)
         correct = (predicted == labels).long()
         seconds = timedelta(seconds=(time.monotonic() - start) / len(labels))
-        columns = [ids, labels.long(), predicted, radius, correct, repeat(str(seconds))]
-        columns += [selected, n_a, n_b, sizes]
-        columns += map(repeat, (n0, self.sigma, alpha, self.levels))
-        rows = _records(Certificate, columns)
-        missing = n - predictions.shape[1]  # if all were skipped
-        return ReplayCache(rows, nn.functional.pad(predictions, (0, missing)), key)
+        columns = ids, labels.long(), predicted, radius, correct, selected, n_a, n_b, sizes
+        rows = zip(*(c.tolist() for c in columns))
+        settings = n0, self.sigma, alpha, self.levels
+        rows = [Certificate(*row[:5], str(seconds), *row[5:], *settings) for row in rows]
+        padded = nn.functional.pad(predictions, (0, n - predictions.shape[1]))
+        return ReplayCache(rows, padded, key)
 
     def predict(self, images, ids=None, n=1000, alpha=0.001):
         """PREDICT (Cohen et al., 3.2.1): classes, each wrong by alpha at most."""
         alpha = self._alpha(alpha / 2, images, n)
-        ids = range(len(images)) if ids is None else ids
         # counts <- SampleUnderNoise(f, x, n, sigma)
         counts = self.sample_under_noise(images, ids, n, self.key + "/predict")
         # c_A, c_B <- top two indices in counts; n_A, n_B <- their counts
@@ -257,14 +248,13 @@ class Smooth:
         return torch.where(p_a >= 0.5, classes[:, 0], ABSTAIN).tolist()
 
     def certify_incremental(self, images, cache, n_p, alpha_zeta=0.001, gamma=0.99):
-        """IRS (Ugare et al., Algorithm 2): certify a changed f^P with n_p samples, not n.
+        """IRS (Ugare et al., 2024, Algorithm 2): certify a changed f^P by n_p samples.
         With probability 1 - (alpha + alpha_zeta) each, g^P predicts `predict` within `radius`,
-        for an f^P chosen without this noise (a search uses it).
+        for an f^P chosen without this noise.
 
-        Why alpha + alpha_zeta, with the fresh branch bounded at alpha? Let p = P[f = c_A].
-        If p >= gamma, a replay's p_A is below p: it fails by zeta alone; a fresh bound fails
-        with alpha. If p < gamma, a fresh branch means that f's bound failed, as it may with
-        alpha; a replay fails by it or zeta."""
+        Why, with the fresh branch bounded at alpha? Let p = P[f = c_A]. If p >= gamma, a
+        replay's p_A is below p: it fails by zeta alone; a fresh bound fails with alpha. If
+        p < gamma, a fresh branch means that f's bound failed; a replay fails by it or zeta."""
         n, base = cache.predictions.shape[1], cache.certificates[0]
         theirs, ours = ((g.sigma, g.levels) for g in (base, self))
         require(theirs == ours, f"sigma, levels: the cache has {theirs}, not {ours}")
@@ -282,65 +272,55 @@ class Smooth:
         n_delta = (new != cache.predictions[:, : new.shape[1]]).sum(1)
         #     zeta <- UpperConfBound(n_delta, n_p, alpha_zeta); p <- p_A - zeta
         zeta = upper_confidence_bound(n_delta, n_p, alpha_zeta)
-        p_replayed = (p_a - zeta).clamp(min=0)
+        p = p_a - zeta
         # else:
         fresh = right & ~replay
         #     counts <- SampleUnderNoise(f^P, x, n_p, sigma), on fresh noise
         new = self.predictions(images, ids, fresh * n_p, cache.key + "/fresh")
         #     p <- LowerConfBound(counts[c_A], n_p, alpha)
         votes = (new == selected[:, None]).sum(1)
-        p_fresh = lower_confidence_bound(votes, n_p, base.alpha)
+        p = p.where(replay, lower_confidence_bound(votes, n_p, base.alpha))
         # if p > 1/2 return prediction c_A and radius sigma Phi^-1(p), else ABSTAIN
-        p = torch.where(replay, p_replayed, p_fresh)
-        radius = certified_radius(right * p, self.sigma)
+        radius = certified_radius((right * p).clamp(min=0), self.sigma)
         predicted = torch.where(radius > 0, selected, ABSTAIN)
-        methods = [["none", "fresh", "replayed"][i] for i in (fresh + 2 * replay).tolist()]
-        columns = [ids, labels, predicted, radius, (radius > 0).long()]
-        columns += [methods, right * n_p, torch.where(replay, zeta, math.nan)]
-        return _records(IncrementalCertificate, columns)
+        columns = [ids, labels, predicted, radius, (radius > 0).long(), fresh + 2 * replay]
+        columns += [right * n_p, zeta.where(replay, math.nan)]
+        columns = [column.tolist() for column in columns]
+        columns[5] = [["none", "fresh", "replayed"][i] for i in columns[5]]
+        return [IncrementalCertificate(*row) for row in zip(*columns)]
 
     def _alpha(self, alpha, images, n):
         pixels = math.prod(getattr(images, "shape", ())[1:])
         return alpha_after_noise(alpha, n, pixels, self.sigma, self.levels)
 
-    def _checked_images(self, images):
-        """k of images k / levels in float32; for float noise the images."""
-        is_batch = isinstance(images, Tensor) and images.ndim == 4 and images.numel()
-        require(is_batch, "images must be a tensor (B, C, H, W), not empty")
-        valid = images.is_floating_point() and images.equal(images.clamp(0, 1))
-        require(valid, "images must be floats in [0, 1]; divide 8-bit ones by 255")
-        if self.levels is None:
-            return images
-        k = (images.float() * self.levels).round()
-        near = (images - k / self.levels).abs().max() < 2**-22
-        require(near, f"off the grid: round images to k / {self.levels}")
-        return k
-
     def sample_under_noise(self, images, ids, n, key):
         """Counts (B, classes) of f's predictions on n noisy copies."""
         require(n >= 1, f"{n} samples select no class")
         sizes = torch.full((len(images),), n)
-        return self._count(self.predictions(images, ids, sizes, key))
-
-    def _count(self, predictions):
-        """Counts (B, classes) among predictions (B, n)."""
+        predictions = self.predictions(images, ids, sizes, key)
         return torch.stack([row.bincount(None, self.num_classes) for row in predictions])
 
     @torch.inference_mode()
     def predictions(self, images, ids, sizes, key):
         """f's classes of sizes[i] copies of images[i], then zeros: (B, max size)."""
-        images = self._checked_images(images)
-        ids = torch.as_tensor(ids)
+        is_batch = isinstance(images, Tensor) and images.ndim == 4 and images.numel()
+        require(is_batch, "images must be a tensor (B, C, H, W), not empty")
+        valid = images.is_floating_point() and images.equal(images.clamp(0, 1))
+        require(valid, "images must be floats in [0, 1]; divide 8-bit ones by 255")
+        levels = self.levels or 1  # float noise has no grid
+        k = images if self.levels is None else (images.float() * levels).round()
+        near = (images - k / levels).abs().max() < 2**-22
+        require(near, f"off the grid: round images to k / {levels}")
+        ids = torch.arange(len(images)) if ids is None else torch.as_tensor(ids)
         named = ids.shape == ids.unique().shape == images.shape[:1]
-        named = named and torch.can_cast(ids.dtype, torch.int64)
+        named = named and not ids.is_floating_point()
         require(named, f"{len(images)} images need as many different ids, integers")
         classes, rest = [torch.arange(0)], []
-        for image, image_id, size in zip(images, ids.tolist(), sizes.tolist()):
+        for pixels, image_id, size in zip(k, ids.tolist(), sizes.tolist()):
             for chunk in range(math.ceil(size / CHUNK)):
-                which = key, image_id, chunk, image.shape, image.device
+                which = key, image_id, chunk, pixels.shape, pixels.device
                 noise = draw_noise(*which, self.sigma, self.levels)
-                noisy = noise[: size - chunk * CHUNK].add_(image)
-                noisy = noisy if self.levels is None else noisy.div_(self.levels)
+                noisy = noise[: size - chunk * CHUNK].add_(pixels).div_(levels)
                 *batches, last = torch.cat([*rest, noisy]).split(self.batch_size)
                 classes += map(self._classify, batches)
                 rest = [last]  # batches span images
@@ -350,7 +330,7 @@ class Smooth:
         return nn.utils.rnn.pad_sequence(classes.split(sizes.tolist()), batch_first=True)
 
     def _classify(self, noisy):
-        """f's classes (B,); whatever is no answer is refused."""
+        """f's classes (B,); what is no answer is refused."""
         if isinstance(self.classifier, nn.Module):
             for module in self.classifier.modules():
                 require(not module.training, "training mode: call eval()")
@@ -366,16 +346,9 @@ class Smooth:
         self.num_classes = self.num_classes or shape[1]
         same = 1 < shape[1] == self.num_classes
         require(same, f"{self.num_classes} classes, but {shape[1]} logits")
-        largest, classes = logits.max(1)  # nan where there is one
-        alone = (logits == largest[:, None]).sum(1) == 1  # +inf is an answer
-        require((largest.isfinite() | alone).all(), "logits are not finite")
-        return classes.cpu()
-
-
-def _records(record_type, columns):
-    """A record per image, from a column per field."""
-    columns = [c.tolist() if isinstance(c, Tensor) else c for c in columns]
-    return [record_type(*row) for row in zip(*columns)]
+        first, second = logits.topk(2).values.T  # nan is the largest, +inf an answer
+        require((first.isfinite() | (first > second)).all(), "logits are not finite")
+        return logits.max(1).indices.cpu()
 
 
 # ---- aggregates and files ----
@@ -397,7 +370,7 @@ def two_sided(rows) -> list[Certificate]:
 
 
 def average_certified_radius(rows) -> float:
-    """ACR: the mean over images of radius * 1[correct] (ARQ, section 2)."""
+    """ACR (ARQ, section 2): the mean of radius * 1[correct]."""
     return acr_difference(rows)[0]
 
 

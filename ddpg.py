@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 @dataclass
@@ -51,7 +50,7 @@ def critic_loss(critic, critic_target, actor_target, batch, discount) -> Tensor:
     with torch.no_grad():
         next_value = critic_target(torch.cat([next_state, actor_target(next_state)], 1))
         target = reward + discount * (1 - done) * next_value
-    return F.mse_loss(critic(torch.cat([state, action], 1)), target)
+    return nn.functional.mse_loss(critic(torch.cat([state, action], 1)), target)
 
 
 def actor_loss(actor, critic, batch) -> Tensor:
@@ -89,10 +88,9 @@ class DDPG(nn.Module):
     @property
     def noise(self) -> float:
         """sigma_e of the current episode."""
-        config = self.config
-        falling = max(1, config.episodes - 1 - config.warmup_episodes)
-        share = min(1.0, max(0, self.episode - config.warmup_episodes) / falling)
-        return config.noise * (config.noise_final / config.noise) ** share
+        first, last = self.config.warmup_episodes, self.config.episodes - 1
+        share = min(1.0, max(0, self.episode - first) / max(1, last - first))
+        return self.config.noise * (self.config.noise_final / self.config.noise) ** share
 
     @torch.no_grad()
     def act(self, state: Tensor) -> float:
@@ -115,8 +113,7 @@ class DDPG(nn.Module):
         self.replay.append((states, actions, rewards, next_states, done))
         self.transitions = [torch.cat(column) for column in zip(*self.replay)]
         # The critic's unit: the standard deviation of the kept rewards, 1 if all are equal.
-        kept = [float(rewards[0]) for _, _, rewards, _, _ in self.replay]
-        self.scale = statistics.pstdev(kept) or 1.0
+        self.scale = statistics.pstdev(float(r[0]) for _, _, r, _, _ in self.replay) or 1.0
         self.episode += 1
         if self.episode >= self.config.warmup_episodes:
             for _ in range(len(states)):
@@ -127,13 +124,12 @@ class DDPG(nn.Module):
         config = self.config
         count = len(self.transitions[0])
         rows = torch.randint(count, (config.batch_size,), generator=self.generator)
-        state, action, reward, next_state, done = (c[rows] for c in self.transitions)
+        state, action, reward, *others = (column[rows] for column in self.transitions)
         # The critic learns (r - b) / scale; b moves half way to the mini-batch's mean reward.
         mean = float(reward.mean())
         baseline = mean if self.baseline is None else self.baseline
         self.baseline = baseline + config.baseline_rate * (mean - baseline)
-        reward = (reward - self.baseline) / self.scale
-        batch = [state, action, reward, next_state, done]
+        batch = [state, action, (reward - self.baseline) / self.scale, *others]
         critic, target = self.critic, self.critic_target
         loss = critic_loss(critic, target, self.actor_target, batch, config.discount)
         self.critic_optimizer.zero_grad()
