@@ -132,8 +132,8 @@ def search(cache, environment, agent, evaluate, reward=relative_gain):
         # 5: the agent learns from the reward
         gain = reward(acr, base_acr)
         agent.learn(states, actions, gain)
-        record = {"episode": episode, "acr": acr, "reward": gain}
-        yield record | {"noise": noise, "policy": policy}
+        record = {"episode": episode, "noise": noise, "acr": acr, "reward": gain}
+        yield record | {"policy": policy}
 
 
 def best_policy(records: list[dict]) -> Policy:
@@ -258,8 +258,8 @@ def run(config):
     base = build_base(config, len(images.classes))
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
     environment = BitWidthEnvironment(table, config.budget)
-    given = config.policy and read_policy(config.policy, table, config.budget)
-    folder = RunFolder(config.out, asdict(config) | {"policy": given})
+    policy = config.policy and read_policy(config.policy, table, config.budget)
+    folder = RunFolder(config.out, asdict(config) | {"policy": policy})
     take_along(config, folder)
     print(f"{config.arch}; run folder {folder.path}")
 
@@ -271,17 +271,15 @@ def run(config):
     base.load_state_dict(read_state(base_file))
     start, _ = prepare(base, search_images, config)
     # 2: FullRobustCertify(f) on search images; 3: the search, or a given policy
-    if given:
-        file = folder.make("policy", "policy.json", lambda *_: given)
+    if policy:
+        file = folder.make("policy", "policy.json", lambda *_: policy)
     else:
         work = certify_images, base, search_images, config, "search"
         file = folder.make("certify the base, search", "search_cache.pt", *work)
         cache = read_state(file)
         pixels = search_images.batch(range(len(search_images)), config.device)
-
-        def evaluate(policy, cache):
-            return evaluate_policy(policy, cache, start, base, train_images, pixels, config)
-
+        given = {"start": start, "base": base, "images": train_images, "config": config}
+        evaluate = partial(evaluate_policy, search_pixels=pixels, **given)
         work = run_search, environment, evaluate, cache, config, folder.path
         file = folder.make("search", "policy.json", *work)
     policy = read_policy(file, table, config.budget)
@@ -325,7 +323,6 @@ def build_base(config, num_classes):
     return base.to(config.device, memory_format=torch.channels_last).eval()
 
 
-# The work of a step takes what it saved last, or None, and save(state, done, total).
 def run_search(environment, evaluate, cache, config, path, state, save, agent_class=DDPG):
     """The best policy of Algorithm 1. Each episode is printed, and in search.jsonl.
     evaluate(policy, cache): as evaluate_policy, the rest bound."""
@@ -396,9 +393,8 @@ def certify_images(network, images, config, purpose, state, save):
 
 # ---- the run folder ----
 class RunFolder:
-    """The files of one run. A product that is there is done; work in progress goes on
-    from state.pt. ValueError, before anything is touched: a folder in use, or of other
-    options than in config.json, but for three that change no result."""
+    """The files of one run. A product that is there is done; work goes on from state.pt.
+    ValueError, before anything is touched: a folder in use, or of other options."""
 
     def __init__(self, path, options):
         self.path = Path(path)
@@ -406,7 +402,7 @@ class RunFolder:
         others = {entry.suffix for entry in self.path.glob("*")} - {".lock", ".part"}
         require(file.exists() or not others, f"--out {path} holds no run; give another --out")
         before = json.loads(file.read_text()) if file.exists() else options
-        for name in options.keys() - {"out", "data", "eval_batch"}:
+        for name in options.keys() - {"out", "data", "eval_batch"}:  # they change nothing
             both = f"{flag(name)} {before.get(name)} there, {options[name]} here"
             require(before.get(name) == options[name], f"{path}: {both}; give another --out")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -420,9 +416,8 @@ class RunFolder:
         write_whole(file, options)
 
     def make(self, name, product, work, *arguments):
-        """The file `product`: what work(*arguments, state, save) returns, once.
-        state: what its last save(state, done, total) kept, None at first.
-        Without a state, save only shows how far the work is."""
+        """The file `product`: what work(*arguments, state, save) returns, once. state:
+        of its last save(state, done, total), or None; save(None, ...) shows progress."""
         file, state_file = self.path / product, self.path / "state.pt"
         saved = read_state(state_file) if state_file.exists() else {}
         self.seconds = saved.get("seconds", {})
@@ -513,8 +508,7 @@ PRESETS = {"shapes": {}, "cifar10": LONG, "folder": LONG, "imagenet": LONG | LAR
 
 def option(default, text, least=None, most=2**31 - 1, choices=None, group=None):
     """A field of Config, and its argument. group: it begins one in --help."""
-    if default is not None:
-        text += f" (default: {default})"
+    text += f" (default: {default})" if default is not None else ""
     metadata = {"argument": {"help": text, "choices": choices}, "group": group}
     return field(default=default, metadata=metadata | {"range": (least, most)})
 

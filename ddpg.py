@@ -142,16 +142,15 @@ class DDPG(nn.Module):
         soft_update(self.actor_target, self.actor, config.tau)
         soft_update(self.critic_target, self.critic, config.tau)
 
-    def get_extra_state(self) -> dict:
+    def get_extra_state(self) -> tuple:
         """With the networks' weights, all that the next episode depends on: see state_dict."""
         optimizers = [self.actor_optimizer.state_dict(), self.critic_optimizer.state_dict()]
-        state = {"optimizers": optimizers, "replay": list(self.replay)}
-        state |= {"baseline": self.baseline, "episode": self.episode}
-        return state | {"generator": self.generator.get_state()}
+        generator = self.generator.get_state()
+        return optimizers, list(self.replay), self.baseline, self.episode, generator
 
-    def set_extra_state(self, state: dict) -> None:
-        self.actor_optimizer.load_state_dict(state["optimizers"][0])
-        self.critic_optimizer.load_state_dict(state["optimizers"][1])
-        self.replay = deque(state["replay"], self.config.replay_episodes)
-        self.baseline, self.episode = state["baseline"], state["episode"]
-        self.generator.set_state(state["generator"])
+    def set_extra_state(self, state: tuple) -> None:
+        (actor, critic), replay, self.baseline, self.episode, generator = state
+        self.actor_optimizer.load_state_dict(actor)
+        self.critic_optimizer.load_state_dict(critic)
+        self.replay = deque(replay, self.config.replay_episodes)
+        self.generator.set_state(generator)

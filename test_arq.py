@@ -1965,9 +1965,9 @@ def test_a_run_stopped_after_any_write_continues(finished_run, monkeypatch, caps
         if len(written) == 2 + stops % 2:  # the first is config.json
             raise KeyboardInterrupt
 
-    def noted(policy, *given):
+    def noted(policy, cache, **given):
         seen.append(policy)
-        return evaluate(policy, *given)
+        return evaluate(policy, cache, **given)
 
     monkeypatch.setattr(arq, "write_whole", stopped)
     monkeypatch.setattr(arq, "evaluate_policy", noted)
