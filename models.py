@@ -32,11 +32,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.mobilenetv2 import Conv2dNormActivation, InvertedResidual, MobileNetV2
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.mobilenetv2 import InvertedResidual, MobileNetV2, mobilenet_v2
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet, resnet18, resnet50
+from torchvision.ops import Conv2dNormActivation
 
 MIN_BITS, MAX_BITS, FLOAT_BITS = 2, 8, 32
 FIRST_LAST_BITS = 8  # the first and the last layer keep them in every policy
@@ -61,7 +61,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.relu = nn.ReLU()
+        self.relu = nn.ReLU(inplace=True)
         for index, (c_in, c_out) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
             shortcut = None
             if index > 1:
@@ -96,9 +96,9 @@ class Classifier(nn.Module):
 
 # Another network is one line: a constructor with num_classes, its normalisation.
 NETWORKS = {
-    "resnet18": (torchvision.models.resnet18, IMAGENET),
-    "resnet50": (torchvision.models.resnet50, IMAGENET),
-    "mobilenet_v2": (torchvision.models.mobilenet_v2, IMAGENET),
+    "resnet18": (resnet18, IMAGENET),
+    "resnet50": (resnet50, IMAGENET),
+    "mobilenet_v2": (mobilenet_v2, IMAGENET),
 }
 for depth in (8, 20, 32, 44, 56, 110):
     NETWORKS[f"resnet{depth}"] = (functools.partial(CifarResNet, depth), CIFAR10)
@@ -113,8 +113,7 @@ def build_classifier(arch: str, num_classes: int, *normalisation) -> Classifier:
 
 def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
     """A float Classifier from a state dict, bare or under state_dict, net or model.
-    Prefixes are dropped, `linear` and `shortcut` renamed. ValueError names tensors
-    that are missing or unexpected."""
+    Prefixes are dropped, `linear` and `shortcut` renamed. ValueError: another network."""
     classifier = build_classifier(arch, num_classes)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -123,9 +122,9 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
         target = classifier if "mean" in state else classifier.net
         if state.keys() != target.state_dict().keys():
             prefix = os.path.commonprefix([*state]).rfind(".") + 1
-            state = {name[prefix:]: value for name, value in state.items()}
-            for theirs, ours in (("linear.", "fc."), (".shortcut.", ".downsample.")):
-                state = {name.replace(theirs, ours): state[name] for name in state}
+            renamed = (name[prefix:].replace("linear.", "fc.") for name in state)
+            names = [name.replace(".shortcut.", ".downsample.") for name in renamed]
+            state = dict(zip(names, state.values()))
         target.load_state_dict(state)
     except Exception as error:  # of many kinds, as files are
         reason = " ".join(str(error).partition("\x1b")[0].split())[:200] or "it is empty"
@@ -164,15 +163,10 @@ class FakeQuantize(torch.autograd.Function):
         v, step = ctx.saved_tensors
         scaled = v / step
         grad_v = torch.ops.aten.hardtanh_backward(grad, scaled, *ctx.range)
-        if step.ndim > 0:
-            q = torch.round(scaled).clamp_(*ctx.range)
-            grad_step = (grad * q - grad_v * scaled).sum_to_size(step.shape)
-        else:  # the same as dot products, of memory as it lies: no product is kept
-            rows = [x.movedim(1, -1).reshape(-1) for x in (grad, grad_v, scaled)]
-            grad, inside, scaled = rows
-            grad_step = -inside.dot(scaled)
-            grad_step += grad.dot(scaled.round_().clamp_(*ctx.range))
-        return grad_v, grad_step * ctx.gradient_scale, None, None, None
+        grad_step = scaled.round().clamp_(*ctx.range).mul_(grad)  # grad * q
+        grad_step.addcmul_(grad_v, scaled, value=-1)  # - grad_v * v / step
+        grad_step = grad_step.sum_to_size(step.shape) * ctx.gradient_scale
+        return grad_v, grad_step, None, None, None
 
 
 class LSQ(nn.Module):
@@ -231,19 +225,17 @@ class LSQ(nn.Module):
 # ---- layers ----
 def check_input(name: str, x: Tensor) -> None:
     """ValueError unless x is finite floats (B, C, H, W) or (B, features)."""
-    shape = tuple(x.shape)
     require(x.is_floating_point(), f"layer {name}: its input is not of floats")
-    require(len(shape) in (2, 4), f"layer {name}: its input {shape} has no batch axis")
+    require(x.ndim in (2, 4), f"layer {name}: its input {(*x.shape,)} has no batch axis")
     require(x.sum().isfinite(), f"layer {name}: its input is not finite")
 
 
 class QuantLayer(nn.Module):
-    """A layer and its BatchNorm, with quantized weights and input. Of 32 bits it is
-    the float layer; fewer are simulated, BatchNorm in float."""
+    """A layer and its BatchNorm: float at 32 bits, else with simulated operands."""
 
-    def __init__(self, name: str, layer, norm, in_shape: tuple, quantizer):
+    def __init__(self, row: "Layer", layer, norm, quantizer):
         super().__init__()
-        self.name, self.in_shape = name, in_shape
+        self.name, self.in_shape = row.name, row.in_shape
         self.weight, self.bias, self.norm = layer.weight, layer.bias, norm
         usual = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
         self.conv = {key: getattr(layer, key, value) for key, value in usual.items()}
@@ -252,7 +244,6 @@ class QuantLayer(nn.Module):
         self.w_bits = self.a_bits = FLOAT_BITS
 
     def set_bits(self, w_bits: int, a_bits: int) -> None:
-        """Change the bit-widths; step sizes start anew."""
         if w_bits != FLOAT_BITS:
             self.weight_quantizer.set_bits(w_bits)
             self.input_quantizer.set_bits(a_bits)
@@ -285,13 +276,12 @@ class IntegerLayer(nn.Module):
     weight: int8 (c_out, c_in / groups, h, w); a_step: (); scale, shift: (c_out,).
     float32 holds integers below 2^24; larger sums are taken in float64."""
 
-    reads_kernel = False  # whether its input is known to be finite
-
     def __init__(self, layer: QuantLayer, weight, a_step, scale, shift):
         super().__init__()
         self.name, self.conv, self.in_shape = layer.name, layer.conv, layer.in_shape
         self.w_bits, self.a_bits = layer.w_bits, layer.a_bits
         self.signed = bool(layer.input_quantizer.signed)
+        self.reads_kernel = False  # whether its input is known to be finite
         self.q_min, self.q_max = integer_range(self.a_bits, self.signed)
         weight = weight[:, :, None, None] if weight.ndim == 2 else weight
         tensors = {"weight": weight, "a_step": a_step, "scale": scale, "shift": shift}
@@ -307,8 +297,7 @@ class IntegerLayer(nn.Module):
     def forward(self, x: Tensor, *fused) -> Tensor:
         if x.ndim == 2:
             return self.forward(x[:, :, None, None], *fused).flatten(1)
-        integers = len(fused) == 3  # inside a FusedBlock
-        if not self.reads_kernel and not integers:
+        if not self.reads_kernel:
             check_input(self.name, x)
         return self.compute(x, *fused)
 
@@ -336,10 +325,11 @@ class Layer(NamedTuple):
     weights: int
     macs: int
     depthwise: bool
+    in_shape: tuple = ()  # (c_in, height, width)
+    norm: str = ""  # the BatchNorm that it takes in
 
 
 LAYERS = nn.Conv2d, nn.Linear
-NORMS = nn.BatchNorm1d, nn.BatchNorm2d
 
 
 def body_of(classifier: nn.Module) -> nn.Module:
@@ -349,92 +339,82 @@ def body_of(classifier: nn.Module) -> nn.Module:
 
 @torch.no_grad()
 def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> list[Layer]:
-    """Put QuantLayers for convolutions and linear layers, with their BatchNorms.
-    All start at 32 bits; other BatchNorms stay float. quantizer: a class as LSQ.
-    Returns the layer table, by a pass of random square images. ValueError, with the name
-    of the layer, and the network as it was, unless each layer runs once, nothing else has
-    weights, and 32 bits compute what the float network did."""
+    """Put QuantLayers of 32 bits for convolutions and linear layers, with their BatchNorms.
+    quantizer: a class as LSQ. Returns the layer table, by a pass of random square images.
+    ValueError names the layer, and leaves the network as it was, unless each layer runs
+    once, nothing else has weights, and 32 bits compute what the float network did."""
     for name, module in classifier.named_modules():
         plain = all(p.numel() <= max(p.shape, default=1) for p in module.parameters(False))
         if isinstance(module, LAYERS):
             usual = type(module).forward in (nn.Conv2d.forward, nn.Linear.forward)
             zeros = getattr(module, "padding_mode", "zeros") == "zeros"
             plain = usual and zeros and "weight" in module._parameters
-        title = f"layer {name}, {type(module).__name__},"
-        require(plain, f"{title} has its own forward, padding or weights")
+        require(plain, f"layer {name}, {type(module).__name__}: own forward, padding, weights")
     first = next((m for m in classifier.modules() if isinstance(m, LAYERS)), None)
     require(first is not None, "no convolution and no linear layer is there")
     channels, weight = getattr(first, "in_channels", 3), first.weight
     require(weight.dtype == torch.float32, f"the network is in {weight.dtype}")
     probe = torch.rand(2, channels, image_size, image_size, device=weight.device)
-    expected, layers, norms = trace(copy.deepcopy(classifier).eval(), probe)
-    for norms in (norms, {}):
+    expected, table = trace(copy.deepcopy(classifier).eval(), probe)
+    for rows in (table, [row._replace(norm="") for row in table]):
         trial = copy.deepcopy(classifier).eval()
-        replace_layers(trial, layers, norms, quantizer)
+        replace_layers(trial, rows, quantizer)
         if torch.equal(trial(probe), expected):
-            replace_layers(classifier, layers, norms, quantizer)
-            return [row for row, _ in layers]
-    raise ValueError("with QuantLayers the network computes otherwise: hooks?")
+            replace_layers(classifier, rows, quantizer)
+            return rows
+    raise ValueError("QuantLayers compute otherwise: hooks, or logits that are not finite?")
 
 
-def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[tuple], dict]:
-    """Logits of a probe; each layer's row and input shape; BatchNorms by layer."""
-    body, layers, norms = body_of(classifier), {}, {}  # layers by output, kept alive
+def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[Layer]]:
+    """Logits of a probe, and the layer table."""
+    body, layers = body_of(classifier), {}  # rows by output, which is kept alive
 
     def keep(name, module, inputs, out):
         require(inputs, f"layer {name} is called by keyword")
-        if isinstance(module, LAYERS):
-            layers[out] = layer_row(name, module, inputs[0], out)
-        elif inputs[0] in layers and module.affine and module.track_running_stats:
-            norms[layers[inputs[0]][0].name] = name
+        x, weight = inputs[0], module.weight
+        if isinstance(module, nn.BatchNorm2d):
+            if x in layers and module.affine and module.track_running_stats:
+                layers[x] = layers[x]._replace(norm=name)
+            return
+        batch = x.ndim == weight.ndim and len(x) == 2
+        require(batch, f"layer {name} is on {tuple(x.shape)}, not (B, features) or maps")
+        in_shape = (*x.shape[1:], 1, 1)[:3]
+        channels = in_shape[0], out.shape[1]
+        sides = (*weight.shape, 1)[2], getattr(module, "stride", (1,))[0], in_shape[2]
+        costs = weight.numel(), weight.numel() * out[0, 0].numel()  # times positions
+        depthwise = getattr(module, "groups", 1) == in_shape[0] > 1
+        layers[out] = Layer(name, *channels, *sides, *costs, depthwise, in_shape)
 
     for name, module in body.named_modules():
-        if isinstance(module, LAYERS + NORMS):
+        if isinstance(module, (*LAYERS, nn.BatchNorm2d)):
             module.register_forward_hook(functools.partial(keep, name))
     logits = classifier(probe)
     is_logits = isinstance(logits, Tensor) and logits.ndim == 2 == len(logits)
     require(is_logits, f"the network returns a {type(logits).__name__}, not logits")
-    require(logits.isfinite().all(), "logits are not finite: check the network")
-    called = [row.name for row, _ in layers.values()]
+    called = [row.name for row in layers.values()]
     for name, module in body.named_modules(remove_duplicate=False):
         times = called.count(name) if isinstance(module, LAYERS) else 1
         require(times == 1, f"layer {name} runs {times} times by this name (aux_logits?)")
-    return logits, [*layers.values()], norms
+    return logits, [*layers.values()]
 
 
-def layer_row(name: str, module: nn.Module, x: Tensor, out: Tensor) -> tuple:
-    """The row of a layer that made out of x, and the shape of its input."""
-    shape, sides = tuple(x.shape), (1, 1, 1)
-    batch = len(shape) == module.weight.ndim and shape[0] == 2
-    require(batch, f"layer {name} is on {shape}, not (B, features) or maps")
-    if isinstance(module, nn.Conv2d):
-        sides = module.kernel_size[0], module.stride[0], shape[-1]
-    weights = module.weight.numel()
-    macs = weights * out[0, 0].numel()  # times output positions
-    depthwise = getattr(module, "groups", 1) == shape[1] > 1
-    row = Layer(name, shape[1], out.shape[1], *sides, weights, macs, depthwise)
-    return row, (*shape[1:], 1, 1)[:3]
-
-
-def replace_layers(classifier: nn.Module, layers: list[tuple], norms, quantizer) -> None:
+def replace_layers(classifier: nn.Module, table: list[Layer], quantizer) -> None:
     """Put QuantLayers in place, in the same mode."""
     body = body_of(classifier)
-    for row, in_shape in layers:
+    for row in table:
         layer, norm = body.get_submodule(row.name), nn.Identity()
-        if row.name in norms:
-            norm = body.get_submodule(norms[row.name])
-            body.set_submodule(norms[row.name], nn.Identity())
-        quantized = QuantLayer(row.name, layer, norm, in_shape, quantizer)
-        quantized = quantized.train(layer.training).to(layer.weight.device)
-        body.set_submodule(row.name, quantized)
+        if row.norm:
+            norm = body.get_submodule(row.norm)
+            body.set_submodule(row.norm, nn.Identity())
+        quantized = QuantLayer(row, layer, norm, quantizer).train(layer.training)
+        body.set_submodule(row.name, quantized.to(layer.weight.device))
 
 
-def quant_layers(classifier: nn.Module, of_type=None) -> dict[str, nn.Module]:
-    """QuantLayers, or what they were frozen to, by name. ValueError: others."""
+def quant_layers(classifier: nn.Module, kinds=QuantLayer | IntegerLayer) -> dict:
+    """QuantLayers, or what they were frozen to, by name. ValueError: there are none."""
     modules = body_of(classifier).named_modules()
-    layers = {name: m for name, m in modules if isinstance(m, QuantLayer | IntegerLayer)}
-    as_asked = of_type is None or {type(m) for m in layers.values()} == {of_type}
-    require(as_asked, "no layers of quantize_model, or frozen to integers")
+    layers = {name: module for name, module in modules if isinstance(module, kinds)}
+    require(layers, "no layers of quantize_model, or frozen to integers")
     return layers
 
 
@@ -450,9 +430,8 @@ def check_policy(names, policy: Policy) -> None:
 
 
 def set_policy(classifier: nn.Module, policy: Policy) -> None:
-    """Set every layer's bit-widths; steps start at the initial ones of `calibrate`.
-    Learned steps are loaded last: calibrate, set_policy, load_state_dict.
-    ValueError: as `check_policy`, before `calibrate`, or for a frozen network."""
+    """Set every layer's bit-widths; steps start at those of `calibrate`.
+    Learned steps are loaded last: calibrate, set_policy, load_state_dict."""
     layers = quant_layers(classifier, QuantLayer)
     check_policy(layers, policy)
     for name, bits in policy.items():
@@ -462,9 +441,8 @@ def set_policy(classifier: nn.Module, policy: Policy) -> None:
 @torch.no_grad()
 def calibrate(classifier: nn.Module, batches, values: int = 65536) -> None:
     """Find initial steps for each width, and signed inputs; leaves 32 bits.
-    batches: noisy images (B, C, H, W), split anyhow. Steps have the least squared error
-    on weights and on about `values` inputs of each layer, drawn at random, seeded.
-    ValueError for inputs that are not finite."""
+    batches: noisy images (B, C, H, W), split anyhow. Steps have the least squared error on
+    weights and on about `values` random inputs of each layer. ValueError: not finite."""
     layers, batches = quant_layers(classifier, QuantLayer).values(), list(batches)
     images, seen = sum(map(len, batches)), {layer: [] for layer in layers}
     require(images > 0, "calibrate needs images")
@@ -495,7 +473,6 @@ def calibrate(classifier: nn.Module, batches, values: int = 65536) -> None:
 
 
 def bitops_ratio(table: list[Layer], policy: Policy) -> float:
-    """The sum of MACs * w_bits * a_bits, over that of 32-bit floats."""
     bitops = sum(layer.macs * math.prod(policy[layer.name]) for layer in table)
     return bitops / sum(layer.macs * FLOAT_BITS**2 for layer in table)
 
@@ -513,16 +490,15 @@ def uniform_policy(table: list[Layer], bits: int, first_last_bits=FIRST_LAST_BIT
 
 def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
     """The policy, forced under a fraction of the float BitOPs (HAQ, 3.3).
-    From the last layer back, each visit takes a bit from the input, then from the weights,
+    From the last layer back, rounds take a bit from each input and from its weights,
     until it fits; first and last keep theirs. ValueError: none fits."""
     policy = {name: list(bits) for name, bits in policy.items()}
     operands = [(policy[row.name], i) for row in reversed(table[1:-1]) for i in (1, 0)]
-    while (ratio := bitops_ratio(table, policy)) > budget:
-        wide = [(bits, i) for bits, i in operands if bits[i] > MIN_BITS]
-        require(wide, f"--budget {budget:g} is too low: the least is {ratio:.6f}")
-        for bits, i in wide:
-            if bitops_ratio(table, policy) > budget:
-                bits[i] -= 1
+    for bits, i in operands * (MAX_BITS - MIN_BITS):
+        if bits[i] > MIN_BITS and bitops_ratio(table, policy) > budget:
+            bits[i] -= 1
+    ratio = bitops_ratio(table, policy)
+    require(ratio <= budget, f"--budget {budget:g} is too low: the least is {ratio:.6f}")
     return policy
 
 
@@ -530,11 +506,11 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
 @torch.no_grad()
 def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "float32")):
     """The network as it is certified: a frozen copy, in evaluation mode.
-    Each layer runs on the first of `backends` whose sums are exact for it, at batches of
-    `batch`, by which GPUs choose kernels; `network.backend` names them. They differ only
-    at rounding ties. Layers of 32 bits stay. Errors name the layer: ValueError for hooks,
-    inexact sums, inputs that are not finite; FloatingPointError for such weights."""
-    network, used = copy.deepcopy(classifier), set()
+    Each layer runs on the first of `backends` with exact sums at this batch, by which GPUs
+    choose kernels; they differ only at rounding ties. ValueError: hooks, inexact sums or,
+    when it runs, inputs not finite; FloatingPointError: such weights."""
+    network, used = copy.deepcopy(classifier).eval(), set()
+    body = body_of(network)
     for name, layer in quant_layers(network).items():
         if layer.w_bits == FLOAT_BITS:
             continue
@@ -545,14 +521,14 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
             raise FloatingPointError(f"layer {name}: weights are not finite")
         backend = next((b for b in backends if has_exact_sums(layer, b, batch)), None)
         require(backend, f"layer {name}: no sums are exact here; use --device cpu")
-        body_of(network).set_submodule(name, BACKENDS[backend](layer))
+        body.set_submodule(name, BACKENDS[backend](layer).eval())
         used.add(backend)
-    types = {type(module) for module in body_of(network).modules()}
-    known = types <= FINITE and not is_hooked(network)
-    for layer in list(quant_layers(network).values())[1:]:
-        layer.reads_kernel = known
     network.backend = "+".join(sorted(used, reverse=True)) or "float"
-    fuse_blocks(network.eval())
+    if not is_hooked(network) and {type(module) for module in body.modules()} <= FINITE:
+        for layer in list(quant_layers(network).values())[1:]:
+            layer.reads_kernel = True
+        if type(body) is CifarResNet and "int8" in used:
+            fuse_blocks(body)
     return network
 
 
@@ -578,58 +554,38 @@ def has_exact_sums(layer: IntegerLayer, backend: str, batch: int) -> bool:
 MAGIC, VERSION = b"ARQ\n", 2
 
 
-def pack_bits(values: Tensor, bits: int) -> bytes:
-    """Symmetric integers, shifted to start at 0, lowest bit first."""
-    shifted = values.flatten().cpu().short() + (2 ** (bits - 1) - 1)
-    planes = (shifted[:, None] >> torch.arange(bits, dtype=torch.int16)) & 1
-    octets = F.pad(planes.flatten(), (0, -planes.numel() % 8)).view(-1, 8)
-    packed = (octets << torch.arange(8, dtype=torch.int16)).sum(1)
-    return packed.to(torch.uint8).numpy().tobytes()
-
-
-def unpack_bits(data: bytes, count: int, bits: int) -> Tensor:
-    """What pack_bits packed: int8 (count,)."""
-    octets = torch.frombuffer(bytearray(data), dtype=torch.uint8).short()
-    planes = ((octets[:, None] >> torch.arange(8, dtype=torch.int16)) & 1).flatten()
-    planes = planes[: count * bits].view(count, bits)
-    shifted = (planes << torch.arange(bits, dtype=torch.int16)).sum(1)
-    return (shifted - (2 ** (bits - 1) - 1)).to(torch.int8)
-
-
-def float_tensors(classifier: Classifier, table: list[Layer]) -> dict[str, Tensor]:
-    """What is packed beside the layers: BatchNorms of their own."""
-    inside = tuple(f"{row.name}." for row in table)
-    state = classifier.net.state_dict().items()
-    return {name: value for name, value in state if not name.startswith(inside)}
+def regroup(numbers: Tensor, bits: int, new_bits: int) -> Tensor:
+    """Unsigned numbers as numbers of other bits, lowest bit first."""
+    planes = (numbers.short()[:, None] >> torch.arange(bits, dtype=torch.int16)) & 1
+    planes = F.pad(planes.flatten(), (0, -planes.numel() % new_bits)).view(-1, new_bits)
+    return (planes << torch.arange(new_bits, dtype=torch.int16)).sum(1)
 
 
 @torch.no_grad()
 def pack_model(classifier: Classifier, table: list[Layer], description: dict) -> bytes:
-    """A quantized network as one file: integers, and a description of arch, image_size,
-    sigma, dataset and classes, else ValueError.
+    """A quantized network as one file: integers, and a description of its images.
     MAGIC; version; size of header; header (JSON); per layer weights, then a_step, scale
-    and shift in float32; SHA-256 of all that."""
+    and shift in float32; SHA-256 of all that. ValueError: it could not be loaded again."""
     missing = {"arch", "image_size", "sigma", "dataset", "classes"} - description.keys()
-    require(len(missing) == 0, f"the description lacks {sorted(missing)}")
-    given = f"{type(classifier).__name__} of {description['arch']!r}"
+    require(not missing, f"the description lacks {sorted(missing)}")
     known = description["arch"] in NETWORKS and isinstance(classifier, Classifier)
-    require(known, f"{given}: only a Classifier of NETWORKS loads")
+    require(known, f"{description['arch']!r}: only a Classifier of NETWORKS loads")
     require(len(description["classes"]) == table[-1].c_out, "more or fewer classes")
+    inside = tuple(f"{row.name}." for row in table)
+    outside = [name for name in classifier.net.state_dict() if not name.startswith(inside)]
+    require(not outside, f"only layers are packed, but {outside[:3]} belong to none")
     frozen = [quant_layers(classifier)[row.name].freeze() for row in table]
-    norms = float_tensors(classifier, table)
-    header = {
-        **description,
-        "policy": [[layer.w_bits, layer.a_bits] for layer in frozen],
-        "signed": [int(layer.signed) for layer in frozen],
-        "mean": classifier.mean.flatten().tolist(),
-        "std": classifier.std.flatten().tolist(),
-        "float": {name: value.tolist() for name, value in norms.items()},
-    }
+    policy = [[layer.w_bits, layer.a_bits] for layer in frozen]
+    signed = [int(layer.signed) for layer in frozen]
+    mean, std = classifier.mean.flatten().tolist(), classifier.std.flatten().tolist()
+    header = {**description, "policy": policy, "signed": signed, "mean": mean, "std": std}
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     data = MAGIC + struct.pack("<HI", VERSION, len(text)) + text
     for layer in frozen:
-        floats = torch.cat([layer.a_step.view(1), layer.scale, layer.shift]).cpu()
-        data += pack_bits(layer.weight, layer.w_bits) + floats.float().numpy().tobytes()
+        unsigned = layer.weight.flatten().cpu().short() + 2 ** (layer.w_bits - 1) - 1
+        octets = regroup(unsigned, layer.w_bits, 8).to(torch.uint8)
+        floats = torch.cat([layer.a_step.view(1), layer.scale, layer.shift]).cpu().float()
+        data += octets.numpy().tobytes() + floats.numpy().tobytes()
     return data + hashlib.sha256(data).digest()
 
 
@@ -650,21 +606,20 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
     numbers = len(saved["classes"]), saved["mean"], saved["std"]
     classifier = build_classifier(saved["arch"], *numbers)
     table = quantize_model(classifier, saved["image_size"])
-    layers = quant_layers(classifier)
     for row, bits, signed in zip(table, saved["policy"], saved["signed"], strict=True):
-        layer, count = layers[row.name], 1 + 2 * row.c_out
+        layer, count = classifier.net.get_submodule(row.name), 1 + 2 * row.c_out
         layer.w_bits, layer.a_bits = bits
         layer.input_quantizer.signed.fill_(signed)
         size = math.ceil(row.weights * layer.w_bits / 8)
-        weight = unpack_bits(data[:size], row.weights, layer.w_bits).view_as(layer.weight)
+        octets = torch.frombuffer(bytearray(data[:size]), dtype=torch.uint8)
+        unsigned = regroup(octets, 8, layer.w_bits)[: row.weights].view_as(layer.weight)
+        weight = (unsigned - 2 ** (layer.w_bits - 1) + 1).to(torch.int8)
         floats = torch.frombuffer(bytearray(data[size:]), dtype=torch.float32, count=count)
         scaling = floats[0], *floats[1:].split(row.c_out)
         classifier.net.set_submodule(row.name, IntegerLayer(layer, weight, *scaling))
         data = data[size + 4 * count :]
-    norms = {name: torch.tensor(value) for name, value in saved.get("float", {}).items()}
-    differ = sorted(norms.keys() ^ float_tensors(classifier, table).keys())
-    require(not differ and not data, f"{path} lacks or adds tensors: {differ[:3]}")
-    classifier.net.load_state_dict(norms, strict=False)  # the layers have theirs
+    whole = not data and len(classifier.net.state_dict()) == 4 * len(table)
+    require(whole, f"{path} lacks or adds tensors: {saved['arch']} was another network")
     saved["policy"] = {row.name: bits for row, bits in zip(table, saved["policy"])}
     return classifier.eval(), table, saved
 
@@ -677,12 +632,10 @@ class Int8Layer(IntegerLayer):
         nn.Module.__init__(self)
         vars(self).update(vars(layer))  # the same tensors and numbers
         require(self.largest_sum < 2**31, "int8 layers add up in 32 bits")
-        *places, groups = self.conv.values()
-        self.settings = *map(list, places), groups
         self.step, self.ones = float(self.a_step), torch.ones(len(self.weight))
         self.zero_points = torch.zeros(len(self.weight), dtype=torch.int64)
         prepack = torch.ops.onednn.qconv_prepack
-        self.packed = prepack(self.weight, self.ones, 1.0, -self.q_min, *self.settings)
+        self.packed = prepack(self.weight, self.ones, 1.0, -self.q_min, *self.conv.values())
 
     def compute(self, x: Tensor, relu="none", reader=None, residual=None) -> Tensor:
         """A FusedBlock adds and overwrites a residual; a reader gets integers."""
@@ -705,7 +658,7 @@ class Int8Layer(IntegerLayer):
     def _convolve(self, q, scale, shift, relu="none", dtype=torch.float32, residual=None):
         op = torch.ops.onednn.qconv2d_pointwise
         operands = q, 1.0, -self.q_min, self.packed, scale, self.zero_points
-        results = shift, *self.settings, 1.0, 0, dtype
+        results = shift, *self.conv.values(), 1.0, 0, dtype
         if residual is None:
             return op(*operands, *results, relu, [], "")
         residual = residual.contiguous(memory_format=torch.channels_last)  # as the output
@@ -725,21 +678,12 @@ FINITE |= {ResNet, Bottleneck, MobileNetV2, InvertedResidual, Conv2dNormActivati
 
 
 class FusedBlock(BasicBlock):
-    """A BasicBlock in two kernels: relu(conv2(relu(conv1(x))) + shortcut(x)).
-    The sum overwrites x, which nobody else reads in a CifarResNet."""
+    """A BasicBlock in two kernels; the sum overwrites x, which nobody else reads."""
 
     def forward(self, x: Tensor) -> Tensor:
         q = self.conv1(x, "relu", self.conv2)
         residual = x if self.downsample is None else self.downsample(x)
         return self.conv2(q, "relu", None, residual)
-
-
-class FusedResNet(CifarResNet):
-    """A CifarResNet whose first ReLU is in the kernel before it."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.layer3(self.layer2(self.layer1(self.conv1(x, "relu"))))
-        return self.fc(x.mean((2, 3)))
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -748,21 +692,16 @@ def is_hooked(module: nn.Module) -> bool:
     return any(hooks) or any("forward" in vars(m) for m in module.modules())
 
 
-def fuse_blocks(network: nn.Module) -> None:
-    """Fuse a CifarResNet's parts of int8 layers, in place, unless that changes most
-    logits: float error crosses ties in few."""
-    body, known = body_of(network), {Int8Layer, nn.Identity, nn.ReLU, nn.Sequential}
-    if type(body) is not CifarResNet or is_hooked(body):
-        return
-    fused = {BasicBlock: FusedBlock, CifarResNet: FusedResNet}
-    parts = [part for part in body.modules() if type(part) in fused]
-    parts = [part for part in parts if {type(m) for m in part.children()} <= known]
-    x = torch.rand(8, *body.conv1.in_shape, generator=torch.Generator().manual_seed(0))
-    x = (2 * x - 0.5).to(body.fc.weight.device)  # as noisy images
-    expected = network(x)
-    for part in parts:
-        part.__class__ = fused[type(part)]
-    changed = (network(x) - expected).abs().amax(1) > 1e-4 * expected.abs().max()
+def fuse_blocks(net: CifarResNet) -> None:
+    """Fuse blocks of int8 layers, unless most logits change: float error crosses few ties."""
+    parts = {Int8Layer, nn.Identity, nn.ReLU, nn.Sequential}
+    blocks = [block for block in net.modules() if type(block) is BasicBlock]
+    blocks = [block for block in blocks if {type(m) for m in block.children()} <= parts]
+    x = torch.randn(8, *net.conv1.in_shape, generator=torch.Generator().manual_seed(0))
+    expected = net(x)
+    for block in blocks:
+        block.__class__ = FusedBlock
+    changed = (net(x) - expected).abs().amax(1) > 1e-4 * expected.abs().max()
     if changed.float().mean() >= 0.5:
-        for part in parts:
-            part.__class__ = type(part).__base__
+        for block in blocks:
+            block.__class__ = BasicBlock
