@@ -49,8 +49,7 @@ def require(condition, message: str) -> None:
 
 
 # ---- networks ----
-# mean, standard deviation
-CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+CIFAR10 = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # mean, deviation
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -65,20 +64,18 @@ class CifarResNet(nn.Module):
         for index, (c_in, c_out) in enumerate(((16, 16), (16, 32), (32, 64)), 1):
             shortcut = None
             if index > 1:
-                conv = nn.Conv2d(c_in, c_out, 1, 2, bias=False)
-                shortcut = nn.Sequential(conv, nn.BatchNorm2d(c_out))
+                shortcut = Conv2dNormActivation(c_in, c_out, 1, 2, activation_layer=None)
             first = BasicBlock(c_in, c_out, min(index, 2), shortcut)
             others = [BasicBlock(c_out, c_out) for _ in range((depth - 2) // 6 - 1)]
             setattr(self, f"layer{index}", nn.Sequential(first, *others))
         self.fc = nn.Linear(64, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(x.mean((2, 3)))
+        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
 
 
 class Classifier(nn.Module):
@@ -94,7 +91,7 @@ class Classifier(nn.Module):
         return self.net((x - self.mean) / self.std)
 
 
-# Another network is one line: a constructor with num_classes, its normalisation.
+# Another network is one line: its constructor, its normalisation.
 NETWORKS = {
     "resnet18": (resnet18, IMAGENET),
     "resnet50": (resnet50, IMAGENET),
@@ -122,9 +119,8 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
         target = classifier if "mean" in state else classifier.net
         if state.keys() != target.state_dict().keys():
             prefix = os.path.commonprefix([*state]).rfind(".") + 1
-            renamed = (name[prefix:].replace("linear.", "fc.") for name in state)
-            names = [name.replace(".shortcut.", ".downsample.") for name in renamed]
-            state = dict(zip(names, state.values()))
+            state = {k[prefix:].replace("linear.", "fc."): state[k] for k in state}
+            state = {k.replace("shortcut.", "downsample."): state[k] for k in state}
         target.load_state_dict(state)
     except Exception as error:  # of many kinds, as files are
         reason = " ".join(str(error).partition("\x1b")[0].split())[:200] or "it is empty"
@@ -134,7 +130,7 @@ def load_base_checkpoint(path, arch: str, num_classes: int) -> Classifier:
 
 
 # ---- quantizer ----
-def integer_range(bits: int, signed: bool, symmetric: bool = False) -> tuple[int, int]:
+def integer_range(bits: int, signed: bool, symmetric=False) -> tuple[int, int]:
     """[0, 2^b - 1], or [-2^(b-1), 2^(b-1) - 1]; symmetric: without the lowest."""
     q_max = 2 ** (bits - signed) - 1
     q_min = -q_max - 1 + symmetric if signed else 0
@@ -187,8 +183,7 @@ class LSQ(nn.Module):
     def initial_step(v: Tensor, q_min: int, q_max: int) -> Tensor:
         """Step of the least squared error of each row of v (rows, n)."""
         largest = v.abs().amax(1, keepdim=True).clamp_min(1e-8)
-        shares = torch.linspace(0.15, 1.0, 32).tolist()
-        steps = [share * largest / q_max for share in shares]
+        steps = [s * largest / q_max for s in torch.linspace(0.15, 1.0, 32).tolist()]
         errors = [(quantize(v, s, q_min, q_max) * s - v).square_().sum(1) for s in steps]
         best = torch.stack(errors).argmin(0)
         return torch.cat(steps, 1).gather(1, best[:, None]).squeeze(1)
@@ -201,14 +196,12 @@ class LSQ(nn.Module):
             self.initial_steps[bits] = self.initial_step(v, *bounds).view(self.step.shape)
 
     def set_bits(self, bits: int) -> None:
-        """Change the bit-width; start at its initial step."""
         require(self.initial_steps[bits].all(), "calibrate before set_policy")
         self.bits = bits
         self.q_min, self.q_max = integer_range(bits, bool(self.signed), self.is_weight)
         self.step.data.copy_(self.initial_steps[bits])
 
     def forward(self, v: Tensor) -> Tensor:
-        """v (channels or B, ...) as its integers say."""
         step, elements = self.step_for(v), v[0].numel()
         return FakeQuantize.apply(v.float(), step, self.q_min, self.q_max, elements)
 
@@ -273,15 +266,14 @@ class QuantLayer(nn.Module):
 
 class IntegerLayer(nn.Module):
     """A frozen layer in floats: conv(round(x / a_step), weight) * scale + shift.
-    weight: int8 (c_out, c_in / groups, h, w); a_step: (); scale, shift: (c_out,).
-    float32 holds integers below 2^24; larger sums are taken in float64."""
+    weight: int8 (c_out, c_in / groups, h, w); a_step: (); scale, shift: (c_out,)."""
 
     def __init__(self, layer: QuantLayer, weight, a_step, scale, shift):
         super().__init__()
         self.name, self.conv, self.in_shape = layer.name, layer.conv, layer.in_shape
         self.w_bits, self.a_bits = layer.w_bits, layer.a_bits
         self.signed = bool(layer.input_quantizer.signed)
-        self.reads_kernel = False  # whether its input is known to be finite
+        self.reads_kernel = False  # its input is finite
         self.q_min, self.q_max = integer_range(self.a_bits, self.signed)
         weight = weight[:, :, None, None] if weight.ndim == 2 else weight
         tensors = {"weight": weight, "a_step": a_step, "scale": scale, "shift": shift}
@@ -316,7 +308,7 @@ class IntegerLayer(nn.Module):
 class Layer(NamedTuple):
     """One row of the layer table, which is in order of execution."""
 
-    name: str  # the module's path inside `classifier.net`
+    name: str  # its path inside `classifier.net`
     c_in: int
     c_out: int
     kernel: int  # of one side, as stride and map_size
@@ -326,23 +318,22 @@ class Layer(NamedTuple):
     macs: int
     depthwise: bool
     in_shape: tuple = ()  # (c_in, height, width)
-    norm: str = ""  # the BatchNorm that it takes in
+    norm: str = ""  # the path of its BatchNorm
 
 
 LAYERS = nn.Conv2d, nn.Linear
 
 
-def body_of(classifier: nn.Module) -> nn.Module:
+def body_of(classifier) -> nn.Module:
     """The module that layers are named in."""
     return classifier.net if isinstance(classifier, Classifier) else classifier
 
 
 @torch.no_grad()
 def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> list[Layer]:
-    """Put QuantLayers of 32 bits for convolutions and linear layers, with their BatchNorms.
-    quantizer: a class as LSQ. Returns the layer table, by a pass of random square images.
-    ValueError names the layer, and leaves the network as it was, unless each layer runs
-    once, nothing else has weights, and 32 bits compute what the float network did."""
+    """Put QuantLayers, at 32 bits, for layers and their BatchNorms; the layer table.
+    ValueError, and the network as it was, unless each layer runs once, nothing else has
+    weights, and 32 bits compute what the float network did."""
     for name, module in classifier.named_modules():
         plain = all(p.numel() <= max(p.shape, default=1) for p in module.parameters(False))
         if isinstance(module, LAYERS):
@@ -362,35 +353,34 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
         if torch.equal(trial(probe), expected):
             replace_layers(classifier, rows, quantizer)
             return rows
-    raise ValueError("QuantLayers compute otherwise: hooks, or logits that are not finite?")
+    raise ValueError("QuantLayers compute otherwise: hooks, or logits not finite?")
 
 
-def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[Layer]]:
+def trace(classifier, probe: Tensor) -> tuple[Tensor, list[Layer]]:
     """Logits of a probe, and the layer table."""
-    body, layers = body_of(classifier), {}  # rows by output, which is kept alive
+    body, layers = body_of(classifier), {}  # rows by output, kept alive
 
     def keep(name, module, inputs, out):
         require(inputs, f"layer {name} is called by keyword")
-        x, weight = inputs[0], module.weight
+        x = inputs[0]
         if isinstance(module, nn.BatchNorm2d):
             if x in layers and module.affine and module.track_running_stats:
                 layers[x] = layers[x]._replace(norm=name)
             return
+        weight, shape = module.weight, (*x.shape[1:], 1, 1)[:3]
         batch = x.ndim == weight.ndim and len(x) == 2
         require(batch, f"layer {name} is on {tuple(x.shape)}, not (B, features) or maps")
-        in_shape = (*x.shape[1:], 1, 1)[:3]
-        channels = in_shape[0], out.shape[1]
-        sides = (*weight.shape, 1)[2], getattr(module, "stride", (1,))[0], in_shape[2]
-        costs = weight.numel(), weight.numel() * out[0, 0].numel()  # times positions
-        depthwise = getattr(module, "groups", 1) == in_shape[0] > 1
-        layers[out] = Layer(name, *channels, *sides, *costs, depthwise, in_shape)
+        kernel, stride = (*weight.shape, 1)[2], getattr(module, "stride", (1,))[0]
+        sizes = shape[0], out.shape[1], kernel, stride, shape[2], weight.numel()
+        macs = weight.numel() * out[0, 0].numel()  # times positions
+        depthwise = getattr(module, "groups", 1) == shape[0] > 1
+        layers[out] = Layer(name, *sizes, macs, depthwise, shape)
 
     for name, module in body.named_modules():
         if isinstance(module, (*LAYERS, nn.BatchNorm2d)):
             module.register_forward_hook(functools.partial(keep, name))
     logits = classifier(probe)
-    is_logits = isinstance(logits, Tensor) and logits.ndim == 2 == len(logits)
-    require(is_logits, f"the network returns a {type(logits).__name__}, not logits")
+    require(isinstance(logits, Tensor) and logits.ndim == 2, "the network returns no logits")
     called = [row.name for row in layers.values()]
     for name, module in body.named_modules(remove_duplicate=False):
         times = called.count(name) if isinstance(module, LAYERS) else 1
@@ -398,7 +388,7 @@ def trace(classifier: nn.Module, probe: Tensor) -> tuple[Tensor, list[Layer]]:
     return logits, [*layers.values()]
 
 
-def replace_layers(classifier: nn.Module, table: list[Layer], quantizer) -> None:
+def replace_layers(classifier, table: list[Layer], quantizer) -> None:
     """Put QuantLayers in place, in the same mode."""
     body = body_of(classifier)
     for row in table:
@@ -410,16 +400,16 @@ def replace_layers(classifier: nn.Module, table: list[Layer], quantizer) -> None
         body.set_submodule(row.name, quantized.to(layer.weight.device))
 
 
-def quant_layers(classifier: nn.Module, kinds=QuantLayer | IntegerLayer) -> dict:
-    """QuantLayers, or what they were frozen to, by name. ValueError: there are none."""
+def quant_layers(classifier, kinds=QuantLayer | IntegerLayer) -> dict:
+    """QuantLayers, or what they froze to, by name. ValueError: none."""
     modules = body_of(classifier).named_modules()
-    layers = {name: module for name, module in modules if isinstance(module, kinds)}
+    layers = {name: layer for name, layer in modules if isinstance(layer, kinds)}
     require(layers, "no layers of quantize_model, or frozen to integers")
     return layers
 
 
 def check_policy(names, policy: Policy) -> None:
-    """ValueError unless the policy gives each layer two possible bit-widths."""
+    """ValueError unless the policy gives each layer two bit-widths."""
     is_policy = isinstance(policy, dict) and set(policy) == set(names)
     require(is_policy, f"a policy names exactly the layers {list(names)[:3]} ...")
     for name, bits in policy.items():
@@ -440,9 +430,8 @@ def set_policy(classifier: nn.Module, policy: Policy) -> None:
 
 @torch.no_grad()
 def calibrate(classifier: nn.Module, batches, values: int = 65536) -> None:
-    """Find initial steps for each width, and signed inputs; leaves 32 bits.
-    batches: noisy images (B, C, H, W), split anyhow. Steps have the least squared error on
-    weights and on about `values` random inputs of each layer. ValueError: not finite."""
+    """Find signed inputs, and steps of least squared error for each width; leaves 32 bits.
+    batches: noisy images (B, C, H, W), split anyhow; about `values` inputs are drawn."""
     layers, batches = quant_layers(classifier, QuantLayer).values(), list(batches)
     images, seen = sum(map(len, batches)), {layer: [] for layer in layers}
     require(images > 0, "calibrate needs images")
@@ -463,7 +452,7 @@ def calibrate(classifier: nn.Module, batches, values: int = 65536) -> None:
         for layer in layers:
             layer.set_bits(FLOAT_BITS, FLOAT_BITS)
             layer.input_quantizer.signed.fill_(False)
-            layer.input_quantizer.initial_steps.zero_()  # until all inputs were seen
+            layer.input_quantizer.initial_steps.zero_()  # until all is seen
             hooks.enter_context(layer.register_forward_pre_hook(keep))
         for batch in batches:
             classifier(batch)
@@ -478,7 +467,6 @@ def bitops_ratio(table: list[Layer], policy: Policy) -> float:
 
 
 def size_bytes(table: list[Layer], policy: Policy) -> int:
-    """size(P): the weights' bits, rounded up to bytes."""
     return math.ceil(sum(layer.weights * policy[layer.name][0] for layer in table) / 8)
 
 
@@ -490,8 +478,7 @@ def uniform_policy(table: list[Layer], bits: int, first_last_bits=FIRST_LAST_BIT
 
 def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
     """The policy, forced under a fraction of the float BitOPs (HAQ, 3.3).
-    From the last layer back, rounds take a bit from each input and from its weights,
-    until it fits; first and last keep theirs. ValueError: none fits."""
+    Rounds from the last inner layer back take a bit from an input, then its weights."""
     policy = {name: list(bits) for name, bits in policy.items()}
     operands = [(policy[row.name], i) for row in reversed(table[1:-1]) for i in (1, 0)]
     for bits, i in operands * (MAX_BITS - MIN_BITS):
@@ -506,25 +493,22 @@ def enforce_budget(table: list[Layer], policy: Policy, budget: float) -> Policy:
 @torch.no_grad()
 def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "float32")):
     """The network as it is certified: a frozen copy, in evaluation mode.
-    Each layer runs on the first of `backends` with exact sums at this batch, by which GPUs
-    choose kernels; they differ only at rounding ties. ValueError: hooks, inexact sums or,
-    when it runs, inputs not finite; FloatingPointError: such weights."""
+    Layers run on the first of `backends` with exact sums at this batch, by which GPUs
+    choose kernels. Backends differ only at rounding ties. ValueError: hooks, inexact
+    sums, inputs that are not finite; FloatingPointError: such weights."""
     network, used = copy.deepcopy(classifier).eval(), set()
-    body = body_of(network)
-    for name, layer in quant_layers(network).items():
-        if layer.w_bits == FLOAT_BITS:
-            continue
-        require(not is_hooked(layer), f"layer {name} has hooks")
-        layer = layer.freeze()
-        largest = layer.scale.abs() * 2.0**31 + layer.shift.abs()
-        if not (largest < 1e30).all():  # their sums, too, are finite floats
+    body, layers = body_of(network), quant_layers(network)
+    for name in [name for name in layers if layers[name].w_bits != FLOAT_BITS]:
+        require(not is_hooked(layers[name]), f"layer {name} has hooks")
+        layer = layers[name].freeze()
+        if not (layer.scale.abs() + layer.shift.abs() < 1e20).all():  # sums stay finite
             raise FloatingPointError(f"layer {name}: weights are not finite")
         backend = next((b for b in backends if has_exact_sums(layer, b, batch)), None)
         require(backend, f"layer {name}: no sums are exact here; use --device cpu")
         body.set_submodule(name, BACKENDS[backend](layer).eval())
         used.add(backend)
     network.backend = "+".join(sorted(used, reverse=True)) or "float"
-    if not is_hooked(network) and {type(module) for module in body.modules()} <= FINITE:
+    if not is_hooked(network) and {*map(type, body.modules())} <= FINITE:
         for layer in list(quant_layers(network).values())[1:]:
             layer.reads_kernel = True
         if type(body) is CifarResNet and "int8" in used:
@@ -532,12 +516,12 @@ def integer_network(classifier: nn.Module, batch: int = 2, backends=("int8", "fl
     return network
 
 
-def has_exact_sums(layer: IntegerLayer, backend: str, batch: int) -> bool:
+def has_exact_sums(layer, backend: str, batch: int) -> bool:
     """Whether random and largest inputs (saturated without VNNI) add up exactly."""
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randint(layer.q_min, layer.q_max + 1, (2, *layer.in_shape), generator=generator)
+    generator, shape = torch.Generator().manual_seed(0), (2, *layer.in_shape)
+    q = torch.randint(layer.q_min, layer.q_max + 1, shape, generator=generator)
     q[1] = layer.q_min
-    q[1, :, : (layer.in_shape[1] + 1) // 2] = layer.q_max
+    q[1, :, : (shape[2] + 1) // 2] = layer.q_max
     exact = F.conv2d(q.double(), layer.weight.cpu().double(), **layer.conv).float()
     copies, device = ((batch + 1) // 2, 1, 1, 1), layer.weight.device
     many = q.float().repeat(copies).to(device, memory_format=torch.channels_last)
@@ -545,7 +529,7 @@ def has_exact_sums(layer: IntegerLayer, backend: str, batch: int) -> bool:
         sums = BACKENDS[backend](layer).accumulate(many)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError, AttributeError):  # not on this device
+    except (RuntimeError, ValueError, TypeError, AttributeError):  # not here
         return False
     return torch.equal(sums, exact.to(device).repeat(copies))
 
@@ -555,7 +539,7 @@ MAGIC, VERSION = b"ARQ\n", 2
 
 
 def regroup(numbers: Tensor, bits: int, new_bits: int) -> Tensor:
-    """Unsigned numbers as numbers of other bits, lowest bit first."""
+    """Unsigned numbers as numbers of other bits, lowest first."""
     planes = (numbers.short()[:, None] >> torch.arange(bits, dtype=torch.int16)) & 1
     planes = F.pad(planes.flatten(), (0, -planes.numel() % new_bits)).view(-1, new_bits)
     return (planes << torch.arange(new_bits, dtype=torch.int16)).sum(1)
@@ -563,28 +547,28 @@ def regroup(numbers: Tensor, bits: int, new_bits: int) -> Tensor:
 
 @torch.no_grad()
 def pack_model(classifier: Classifier, table: list[Layer], description: dict) -> bytes:
-    """A quantized network as one file: integers, and a description of its images.
+    """A quantized network as one file; ValueError: it could not be loaded again.
     MAGIC; version; size of header; header (JSON); per layer weights, then a_step, scale
-    and shift in float32; SHA-256 of all that. ValueError: it could not be loaded again."""
-    missing = {"arch", "image_size", "sigma", "dataset", "classes"} - description.keys()
-    require(not missing, f"the description lacks {sorted(missing)}")
-    known = description["arch"] in NETWORKS and isinstance(classifier, Classifier)
-    require(known, f"{description['arch']!r}: only a Classifier of NETWORKS loads")
+    and shift in float32; SHA-256 of all that."""
+    for key in ("arch", "image_size", "sigma", "dataset", "classes"):
+        require(key in description, f"the description lacks {key!r}")
+    known = isinstance(classifier, Classifier) and description["arch"] in NETWORKS
+    require(known, "only a Classifier of NETWORKS loads")
     require(len(description["classes"]) == table[-1].c_out, "more or fewer classes")
-    inside = tuple(f"{row.name}." for row in table)
-    outside = [name for name in classifier.net.state_dict() if not name.startswith(inside)]
-    require(not outside, f"only layers are packed, but {outside[:3]} belong to none")
+    inside, names = tuple(f"{row.name}." for row in table), classifier.net.state_dict()
+    outside = [name for name in names if not name.startswith(inside)]
+    require(not outside, f"only layers are packed, not {outside[:3]}")
     frozen = [quant_layers(classifier)[row.name].freeze() for row in table]
-    policy = [[layer.w_bits, layer.a_bits] for layer in frozen]
-    signed = [int(layer.signed) for layer in frozen]
-    mean, std = classifier.mean.flatten().tolist(), classifier.std.flatten().tolist()
-    header = {**description, "policy": policy, "signed": signed, "mean": mean, "std": std}
+    header = {**description, "signed": [int(layer.signed) for layer in frozen]}
+    header["policy"] = [[layer.w_bits, layer.a_bits] for layer in frozen]
+    header["mean"] = classifier.mean.flatten().tolist()
+    header["std"] = classifier.std.flatten().tolist()
     text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
     data = MAGIC + struct.pack("<HI", VERSION, len(text)) + text
     for layer in frozen:
         unsigned = layer.weight.flatten().cpu().short() + 2 ** (layer.w_bits - 1) - 1
         octets = regroup(unsigned, layer.w_bits, 8).to(torch.uint8)
-        floats = torch.cat([layer.a_step.view(1), layer.scale, layer.shift]).cpu().float()
+        floats = torch.cat([layer.a_step.view(1), layer.scale, layer.shift]).cpu()
         data += octets.numpy().tobytes() + floats.numpy().tobytes()
     return data + hashlib.sha256(data).digest()
 
@@ -594,8 +578,8 @@ def read_packed(path) -> tuple[dict, bytes]:
     data = Path(path).read_bytes()
     require(data[:4] == MAGIC, f"{path}: no packed network")
     version, length = struct.unpack_from("<HI", data.ljust(10, b"\0"), 4)
-    whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
     require(version <= VERSION, f"{path} is of version {version}: update this program")
+    whole = hashlib.sha256(data[:-32]).digest() == data[-32:]
     require(whole, f"{path} is truncated or altered: copy it again")
     return json.loads(data[10 : 10 + length]), data[10 + length : -32]
 
@@ -619,7 +603,7 @@ def load_model(path) -> tuple[Classifier, list[Layer], dict]:
         classifier.net.set_submodule(row.name, IntegerLayer(layer, weight, *scaling))
         data = data[size + 4 * count :]
     whole = not data and len(classifier.net.state_dict()) == 4 * len(table)
-    require(whole, f"{path} lacks or adds tensors: {saved['arch']} was another network")
+    require(whole, f"{path} lacks or adds tensors")
     saved["policy"] = {row.name: bits for row, bits in zip(table, saved["policy"])}
     return classifier.eval(), table, saved
 
@@ -630,9 +614,9 @@ class Int8Layer(IntegerLayer):
 
     def __init__(self, layer: IntegerLayer):
         nn.Module.__init__(self)
-        vars(self).update(vars(layer))  # the same tensors and numbers
+        vars(self).update(vars(layer))  # the same tensors
         require(self.largest_sum < 2**31, "int8 layers add up in 32 bits")
-        self.step, self.ones = float(self.a_step), torch.ones(len(self.weight))
+        self.step, self.ones = float(self.a_step), torch.ones_like(self.scale)
         self.zero_points = torch.zeros(len(self.weight), dtype=torch.int64)
         prepack = torch.ops.onednn.qconv_prepack
         self.packed = prepack(self.weight, self.ones, 1.0, -self.q_min, *self.conv.values())
@@ -641,7 +625,7 @@ class Int8Layer(IntegerLayer):
         """A FusedBlock adds and overwrites a residual; a reader gets integers."""
         q = x if x.dtype == torch.uint8 else self._to_uint8(x, self.step)
         if reader is None:
-            return self._convolve(q, self.scale, self.shift, relu, torch.float32, residual)
+            return self._convolve(q, self.scale, self.shift, relu, torch.float, residual)
         epilogue = self.scale / reader.a_step, self.shift / reader.a_step
         return self._convolve(q, *epilogue, relu, torch.uint8).clamp_(max=reader.q_max)
 
@@ -649,29 +633,28 @@ class Int8Layer(IntegerLayer):
         return self._convolve(self._to_uint8(q, 1.0), self.ones, None)
 
     def _to_uint8(self, x: Tensor, step: float) -> Tensor:
-        """round(x / step) - q_min, clipped: one pass, four times as fast."""
+        """round(x / step) - q_min, clipped: one pass, fast."""
         packed = torch.quantize_per_tensor(x, step, -self.q_min, torch.quint8)
         q = torch.empty(0, dtype=torch.uint8)
         q.set_(packed.untyped_storage(), 0, packed.shape, packed.stride())  # no copy
         return q.clamp_(max=self.q_max - self.q_min)
 
-    def _convolve(self, q, scale, shift, relu="none", dtype=torch.float32, residual=None):
+    def _convolve(self, q, scale, shift, relu="none", dtype=torch.float, residual=None):
         op = torch.ops.onednn.qconv2d_pointwise
         operands = q, 1.0, -self.q_min, self.packed, scale, self.zero_points
         results = shift, *self.conv.values(), 1.0, 0, dtype
         if residual is None:
             return op(*operands, *results, relu, [], "")
-        residual = residual.contiguous(memory_format=torch.channels_last)  # as the output
+        residual = residual.contiguous(memory_format=torch.channels_last)
         return op.binary(*operands, residual, *results, 1.0, 0, "sum", 1.0, relu, [], "")
 
     def __reduce_ex__(self, protocol):
         raise ValueError("integer_network made this; pack_model saves it")
 
 
-# Where torch has lost quantize_per_tensor, layers run on float32.
-warnings.filterwarnings("ignore", "torch.quantize_per_tensor")
+warnings.filterwarnings("ignore", "torch.quantize_per_tensor")  # without it: float32
 BACKENDS = {"int8": Int8Layer, "float32": IntegerLayer.freeze}
-# Of these modules, only the first layer can read what is not finite.
+# Of these, only the first layer can read what is not finite.
 FINITE = {Int8Layer, IntegerLayer, CifarResNet, BasicBlock, nn.Sequential, nn.Identity}
 FINITE |= {nn.ReLU, nn.ReLU6, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Dropout}
 FINITE |= {ResNet, Bottleneck, MobileNetV2, InvertedResidual, Conv2dNormActivation}
@@ -693,10 +676,10 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def fuse_blocks(net: CifarResNet) -> None:
-    """Fuse blocks of int8 layers, unless most logits change: float error crosses few ties."""
-    parts = {Int8Layer, nn.Identity, nn.ReLU, nn.Sequential}
-    blocks = [block for block in net.modules() if type(block) is BasicBlock]
-    blocks = [block for block in blocks if {type(m) for m in block.children()} <= parts]
+    """Fuse blocks of int8 layers, unless most logits change: ties are few."""
+    parts = {Int8Layer, nn.Identity, nn.ReLU, Conv2dNormActivation}
+    blocks = [m for m in net.modules() if type(m) is BasicBlock]
+    blocks = [block for block in blocks if {*map(type, block.children())} <= parts]
     x = torch.randn(8, *net.conv1.in_shape, generator=torch.Generator().manual_seed(0))
     expected = net(x)
     for block in blocks:

@@ -1010,9 +1010,9 @@ REFUSED = {
     "layer extra.1 runs 0 times by this name": With(
         nn.Sequential(POINT, POINT), lambda e, x: e[0](x)
     ),
-    "returns a dict": With(nn.Identity(), lambda extra, x: {"out": x}),
+    "no logits": With(nn.Identity(), lambda extra, x: {"out": x}),
     "bfloat16": With(nn.Identity()).bfloat16(),
-    "logits that are not finite": models.Classifier(With(nn.Identity()), std=(0.0, 1.0, 1.0)),
+    "logits not finite": models.Classifier(With(nn.Identity()), std=(0.0, 1.0, 1.0)),
 }
 
 
@@ -1165,7 +1165,7 @@ def test_nothing_is_packed_that_could_not_be_loaded_again(tmp_path, monkeypatch)
         rest = {key: value for key, value in DESCRIPTION.items() if key != name}
         with pytest.raises(ValueError, match=name):
             models.pack_model(classifier, table, rest)
-    for wrong, words in (({"classes": [1]}, "fewer classes"), ({"arch": "mine"}, "'mine': o")):
+    for wrong, words in (({"classes": [1]}, "fewer classes"), ({"arch": "mine"}, "NETWORKS")):
         with pytest.raises(ValueError, match=words):
             models.pack_model(classifier, table, DESCRIPTION | wrong)
     with pytest.raises(ValueError, match="32 bits"):
@@ -1173,7 +1173,7 @@ def test_nothing_is_packed_that_could_not_be_loaded_again(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="only a Classifier of NETWORKS"):
         models.pack_model(classifier.net, table, DESCRIPTION)
     monkeypatch.setitem(models.NETWORKS, "pre", (PreActivation, models.CIFAR10))
-    with pytest.raises(ValueError, match="only layers are packed, but .'norm1.weight'"):
+    with pytest.raises(ValueError, match="only layers are packed, not .'norm1.weight'"):
         models.pack_model(*quantized("pre", 16)[:2], DESCRIPTION | {"arch": "pre"})
     more = nn.Sequential(models.CifarResNet(8, 10), nn.BatchNorm1d(10))
     monkeypatch.setitem(models.NETWORKS, "resnet8", (lambda **_: more, models.CIFAR10))
