@@ -856,7 +856,7 @@ def test_layers_that_integers_do_not_stand_for_are_refused_by_name():
 def test_a_fused_network_that_differs_is_not_handed_out(monkeypatch):
     forward = BasicBlock.forward
     monkeypatch.setattr(BasicBlock, "forward", lambda block, x: 0.5 * forward(block, x))
-    classifier, _, x = quantized(bits=8)
+    classifier, _, x = quantized(bits=6)
     network = models.integer_network(classifier)
     assert agree((classifier, network), x, 0.02)
     assert not any(isinstance(module, models.FusedBlock) for module in network.modules())
