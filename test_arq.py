@@ -856,7 +856,7 @@ def test_layers_that_integers_do_not_stand_for_are_refused_by_name():
 def test_a_fused_network_that_differs_is_not_handed_out(monkeypatch):
     forward = BasicBlock.forward
     monkeypatch.setattr(BasicBlock, "forward", lambda block, x: 0.5 * forward(block, x))
-    classifier, _, x = quantized(bits=8)
+    classifier, _, x = quantized(bits=6)
     network = models.integer_network(classifier)
     assert agree((classifier, network), x, 0.02)
     assert not any(isinstance(module, models.FusedBlock) for module in network.modules())
@@ -1010,9 +1010,9 @@ REFUSED = {
     "layer extra.1 runs 0 times by this name": With(
         nn.Sequential(POINT, POINT), lambda e, x: e[0](x)
     ),
-    "returns a dict": With(nn.Identity(), lambda extra, x: {"out": x}),
+    "no logits": With(nn.Identity(), lambda extra, x: {"out": x}),
     "bfloat16": With(nn.Identity()).bfloat16(),
-    "not finite: check": models.Classifier(With(nn.Identity()), std=(0.0, 1.0, 1.0)),
+    "logits not finite": models.Classifier(With(nn.Identity()), std=(0.0, 1.0, 1.0)),
 }
 
 
@@ -1139,12 +1139,11 @@ def packed_and_loaded(classifier, table, tmp_path, **description):
     return models.load_model(tmp_path / "m.arq")
 
 
-@pytest.mark.parametrize("arch, bits", [("resnet20", 2), ("resnet20", "mixed"), ("pre", 4)])
-def test_a_packed_network_comes_back(tmp_path, monkeypatch, arch, bits):
-    """The same logits, the same bytes again, BatchNorms of its own, and the size promised."""
-    monkeypatch.setitem(models.NETWORKS, "pre", (PreActivation, models.CIFAR10))
-    classifier, table, x = quantized(arch, 16, bits)
-    about = DESCRIPTION | {"arch": arch, "image_size": 16}
+@pytest.mark.parametrize("bits", [2, "mixed"])
+def test_a_packed_network_comes_back(tmp_path, bits):
+    """The same logits, the same bytes again, and the size promised."""
+    classifier, table, x = quantized("resnet20", 16, bits)
+    about = DESCRIPTION | {"arch": "resnet20", "image_size": 16}
     again, table_again, saved = packed_and_loaded(classifier, table, tmp_path, **about)
     with torch.no_grad():
         one, two = (models.integer_network(network)(x) for network in (classifier, again))
@@ -1156,7 +1155,7 @@ def test_a_packed_network_comes_back(tmp_path, monkeypatch, arch, bits):
     data = (tmp_path / "m.arq").read_bytes()
     assert models.pack_model(again, table, about) == data
     counted = models.size_bytes(table, policy) + 8 * sum(row.c_out for row in table)
-    assert counted < len(data) < 1.05 * counted or arch == "pre"
+    assert counted < len(data) < 1.05 * counted
 
 
 def test_nothing_is_packed_that_could_not_be_loaded_again(tmp_path, monkeypatch):
@@ -1166,20 +1165,21 @@ def test_nothing_is_packed_that_could_not_be_loaded_again(tmp_path, monkeypatch)
         rest = {key: value for key, value in DESCRIPTION.items() if key != name}
         with pytest.raises(ValueError, match=name):
             models.pack_model(classifier, table, rest)
-    for wrong, words in (({"classes": [1]}, "fewer classes"), ({"arch": "mine"}, "of 'mine'")):
+    for wrong, words in (({"classes": [1]}, "fewer classes"), ({"arch": "mine"}, "NETWORKS")):
         with pytest.raises(ValueError, match=words):
             models.pack_model(classifier, table, DESCRIPTION | wrong)
     with pytest.raises(ValueError, match="32 bits"):
         models.pack_model(*quantized(bits=32)[:2], DESCRIPTION)
-    with pytest.raises(ValueError, match="CifarResNet of 'resnet8': only a Classifier"):
+    with pytest.raises(ValueError, match="only a Classifier of NETWORKS"):
         models.pack_model(classifier.net, table, DESCRIPTION)
-    lost = {"extra": torch.ones(1)}
-    monkeypatch.setattr(models, "float_tensors", lambda *network: lost)
-    data = models.pack_model(classifier, table, DESCRIPTION | {"arch": "resnet20"})
+    monkeypatch.setitem(models.NETWORKS, "pre", (PreActivation, models.CIFAR10))
+    with pytest.raises(ValueError, match="only layers are packed, not .'norm1.weight'"):
+        models.pack_model(*quantized("pre", 16)[:2], DESCRIPTION | {"arch": "pre"})
+    more = nn.Sequential(models.CifarResNet(8, 10), nn.BatchNorm1d(10))
+    monkeypatch.setitem(models.NETWORKS, "resnet8", (lambda **_: more, models.CIFAR10))
+    with pytest.raises(ValueError, match="m.arq lacks or adds tensors"):
+        packed_and_loaded(*quantized()[:2], tmp_path)
     monkeypatch.undo()
-    (tmp_path / "m.arq").write_bytes(data)
-    with pytest.raises(ValueError, match="m.arq lacks or adds tensors: .'extra'"):
-        models.load_model(tmp_path / "m.arq")
     for arch in ("resnet8", "resnet32"):
         with pytest.raises(ValueError):
             packed_and_loaded(classifier, table, tmp_path, arch=arch)
@@ -1201,10 +1201,10 @@ def test_no_corrupted_file_is_taken_for_a_network(tmp_path):
 
 
 def test_packed_bits_by_hand():
-    """-3, 3, 0 become 0, 6, 3: 3-bit numbers, lowest bit first."""
-    data = models.pack_bits(torch.tensor([-3, 3, 0], dtype=torch.int8), 3)
-    assert data == bytes([0b11_110_000, 0b0])
-    assert models.unpack_bits(data, 3, 3).tolist() == [-3, 3, 0]
+    """0, 6, 3: 3-bit numbers, lowest bit first, are 9 bits of two octets."""
+    octets = models.regroup(torch.tensor([0, 6, 3]), 3, 8)
+    assert octets.tolist() == [0b11_110_000, 0b0]
+    assert models.regroup(octets.to(torch.uint8), 8, 3)[:3].tolist() == [0, 6, 3]
 
 
 def test_public_checkpoint_layouts(tmp_path):
@@ -1428,9 +1428,9 @@ def test_a_state_ends_with_the_bits_just_emitted_over_8():
 
 
 def test_a_budget_takes_from_the_last_layer_back_inputs_first():
-    """Of 4,096: 162, then 154 by l2's input, 152 by its weights, 150 by l1's input."""
+    """Of 4,096: 162; 154 by l2's input, 152 by its weights, 150 by l1's input; 136 at least."""
     policy = {"l0": [8, 8], "l1": [2, 5], "l2": [8, 3], "l3": [8, 8]}
-    for budget, l1, l2 in ((162, [2, 5], [8, 3]), (154, [2, 5], [8, 2]), (150, [2, 4], [7, 2])):
+    for budget, l1, l2 in ((154, [2, 5], [8, 2]), (150, [2, 4], [7, 2]), (136, [2, 2], [2, 2])):
         forced = models.enforce_budget(tiny_table(), policy, budget / 4096)
         assert forced == policy | {"l1": l1, "l2": l2}
     with pytest.raises(ValueError, match="budget.*too low"):
