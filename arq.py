@@ -196,7 +196,6 @@ def train(
     for start in range(first, num_batches, per_epoch):
         torch.manual_seed(int.from_bytes(seed[:4], "little") + start // per_epoch)
         end = min(start + per_epoch, num_batches)
-        # Whole batches are drawn, however many processes share them.
         batches = torch.randperm(len(images)).split(batch_size)[: end - start]
         options = {"num_workers": WORKERS if images.size > 64 else 0}
         options["batch_sampler"] = [batch[MINE] for batch in batches]
@@ -214,8 +213,7 @@ def train(
                 losses = loss(network, x, noise[MINE], labels.to(device))
             require(losses.shape == labels.shape, "a loss has one value per image")
             optimizer.zero_grad()
-            # Processes average their gradients.
-            (WORLD * losses.sum() / batch_size).backward()
+            (WORLD * losses.sum() / batch_size).backward()  # processes average it
             optimizer.step()
             if index + 1 < end:
                 save(None, index + 1, num_batches)
@@ -262,7 +260,6 @@ def run(config):
     folder = RunFolder(config.out, asdict(config) | {"policy": policy})
     take_along(config, folder)
     print(f"{config.arch}; run folder {folder.path}")
-
     # 1: the float base classifier f
     epochs = 0 if config.checkpoint else config.epochs
     num_batches = epochs * (len(train_images) // config.batch_size)
@@ -343,7 +340,7 @@ def run_search(environment, evaluate, cache, config, path, state, save, agent_cl
         state = {"agent": agent.state_dict(), "records": records}
         left = save(state, len(records), config.episodes)
         best = max(record["acr"] for record in records)
-        print(f"  episode {record['episode'] + 1:>3}/{config.episodes}", end="")
+        print(f"  episode {len(records):>3}/{config.episodes}", end="")
         print(f"  ACR {cut(record['acr'])}  best {cut(best)}", end="")
         print(f"  BitOPs {100 * ratio:.3f} %  {left} left")
     return best_policy(records)
@@ -371,7 +368,7 @@ def certify_images(network, images, config, purpose, state, save):
     """CERTIFY by blocks of images: a table or, for "search", a ReplayCache."""
     settings = config.sigma, config.seed, config.eval_batch
     g = SharedSmooth(network, len(images.classes), *settings, purpose)
-    is_cache = purpose == "search"  # which spends no samples on images of wrong class
+    is_cache = purpose == "search"  # no samples for wrong classes
     n = config.search_n if is_cache else config.n
     rows, predictions, key = state or ReplayCache([], torch.zeros(0, n, dtype=torch.uint8), "")
     size = WORLD * max(1, 10_000 // n)
@@ -410,7 +407,7 @@ class RunFolder:
         try:  # it ends with the process, and is not for workers
             if RANK == 0 and os.name == "posix":
                 os.lockf(self.lock.fileno(), os.F_TLOCK, 0)
-        except OSError as error:  # of other kinds where a file system has no locks
+        except OSError as error:  # others where there are no locks
             free = not isinstance(error, (BlockingIOError, PermissionError))
             require(free, f"another process is at work in {path}")
         write_whole(file, options)
@@ -467,10 +464,10 @@ def write_whole(path, value):
     if path.suffix == ".json":
         value = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
     if not isinstance(value, bytes):
-        buffer = io.BytesIO()  # torch.save to a full disk would not be an OSError
+        buffer = io.BytesIO()  # so that a full disk is an OSError
         torch.save(value, buffer)
         value = buffer.getbuffer()
-    part = path.with_name(f"{path.name}.{RANK}.part")  # all processes write the same
+    part = path.with_name(f"{path.name}.{RANK}.part")  # all write the same
     part.write_bytes(value)
     os.replace(part, path)
 
@@ -497,12 +494,11 @@ def read_policy(source, table, budget):
 
 
 # ---- options ----
-SAVED_OPTIONS = "dataset", "arch", "image_size", "sigma"  # in the file of a network
+SAVED_OPTIONS = "dataset", "arch", "image_size", "sigma"
 LONG = {"arch": "resnet20", "epochs": 90, "finetune_epochs": 12.0, "episodes": 600}
 LONG |= {"episode_batches": 48, "search_images": 200, "search_n": 1000, "n_p": 250}
 LONG |= {"images": 500, "n": 10_000}
 LARGE = {"arch": "resnet50", "finetune_epochs": 10.0, "gamma": 0.995, "image_size": 224}
-# What the data sets have in place of the defaults.
 PRESETS = {"shapes": {}, "cifar10": LONG, "folder": LONG, "imagenet": LONG | LARGE}
 
 
@@ -551,7 +547,7 @@ def flag(name):
 
 
 def parse_config(argv=None):
-    """Options from the command line. ValueError for those that cannot work."""
+    """Options of a command line. ValueError: they cannot work."""
     parser = argparse.ArgumentParser(allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.description = f"Defaults are those for shapes. For cifar10: {PRESETS['cifar10']}"
     parser.error = lambda message: require(False, f"{message} (see --help)")
@@ -566,9 +562,7 @@ def parse_config(argv=None):
         for name in given.keys() & {"arch", "image_size", "checkpoint", "policy"}:
             require(False, f"--evaluate takes no {flag(name)}; omit it")
         given = {name: saved[name] for name in SAVED_OPTIONS} | given
-    # A packed network may name a data set of its own.
-    preset = PRESETS.get(given.get("dataset", "shapes"), LONG)
-    config = Config(**preset | given)
+    config = Config(**PRESETS.get(given.get("dataset", "shapes"), LONG) | given)
     here = [device for device in BFLOAT16 if torch.get_device_module(device).is_available()]
     config.device = here[0] if config.device == "auto" else config.device
     require(config.device in here, f"no --device {config.device}; use auto")
@@ -623,12 +617,12 @@ class ImageSet:
 
 
 def evenly_spaced(count, total):
-    """`count` indices of a set of `total`, evenly spaced from the first."""
+    """`count` of `total` indices, evenly spaced from the first."""
     return [i * total // count for i in range(count)]
 
 
 def hold_out(images, count):
-    """Training images, and `count` evenly spaced ones that only the search sees."""
+    """Training images, and evenly spaced ones for the search alone."""
     held_out = evenly_spaced(count, len(images))
     others = sorted(set(range(len(images))) - set(held_out))
     return images.subset(others), images.subset(held_out)
@@ -708,7 +702,7 @@ WORKERS = max(1, min(16, os.cpu_count() // WORLD))  # they decode large images
 
 
 def gather(value):
-    """Every process's value, by rank, in every process; waits for all."""
+    """Every process's value, by rank; waits for all."""
     values = [value] * WORLD
     if WORLD > 1:
         distributed.all_gather_object(values, value)
@@ -758,13 +752,12 @@ def summarize(rows, network, table, policy, config, file):
 
 def cut(value):
     """Fractions to four decimals, towards zero."""
-    # 0.57e4 is 5699.999999999999
-    cuts = isinstance(value, float)
+    cuts = isinstance(value, float)  # 0.57e4 is 5699.999999999999
     return f"{int(round(value * 1e4, 9)) / 1e4:.4f}" if cuts else str(value)
 
 
 def report(results, folder):
-    """Write results.json and print it, beside the float base if there is one."""
+    """Write results.json and print it, beside the base's."""
     write_whole(folder.path / "results.json", {**results, "seconds": folder.seconds})
     columns = {"float base": results.get("base"), "ARQ": results}
     columns = {title: column for title, column in columns.items() if column}

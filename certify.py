@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 ABSTAIN = -1
 CHUNK = 100  # samples drawn at a time
+_float64 = functools.partial(torch.as_tensor, dtype=torch.float64, device="cpu")
 MARGIN = 1e-12  # above rounding: 5e-13 of a bound, 1e-15 sigma
 
 
@@ -43,9 +44,6 @@ def require(condition, message: str) -> None:
 
 
 # ---- bounds and radii ----
-_float64 = functools.partial(torch.as_tensor, dtype=torch.float64, device="cpu")
-
-
 def lower_confidence_bound(k, n, alpha):
     """P[bound <= true probability] >= 1 - alpha (Clopper-Pearson, one-sided), from k
     successes in n trials. Numbers give a float, arrays a tensor."""

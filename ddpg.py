@@ -55,8 +55,7 @@ def critic_loss(critic, critic_target, actor_target, batch, discount) -> Tensor:
 
 def actor_loss(actor, critic, batch) -> Tensor:
     """The deterministic policy gradient climbs Q(s, mu(s))."""
-    state = batch[0]
-    return -critic(torch.cat([state, actor(state)], 1)).mean()
+    return -critic(torch.cat([batch[0], actor(batch[0])], 1)).mean()
 
 
 @torch.no_grad()
