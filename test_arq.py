@@ -1789,7 +1789,7 @@ def fails(arguments, capsys, *words, code=2) -> bool:
     [
         ("--sigma 25", ["--sigma", "from 0.004 to 4", "[0, 1] pixels"]),
         ("--budget 0.004", ["--budget", "0.00"]),
-        ("--n 9", ["9 samples", "alpha", "take more"]),
+        ("--n 9", ["9 samples need alpha"]),
         (f"--checkpoint {__file__}", ["test_arq.py is no state dict", "--arch"]),
         ("--episode-batch 1", ["--episode-batch"]),
         ("--n-p 600", ["--n-p", "--search-n"]),
