@@ -285,7 +285,7 @@ def test_bits_learned_by_gradient_go_where_they_matter():
             learned.extend((quantizer.steps != quantizer.initial_steps).any(1).tolist())
 
     calibrate = partial(compare.calibrate, images=images, config=config)
-    policy = rivals.nipq(net, table, 0.035, calibrate, train, num_batches=200)
+    policy = rivals.nipq(net, table, 0.035, calibrate, train, num_batches=300)
     assert rivals.fill(table, policy, 0.035) == policy
     assert sum(policy["used"]) > sum(policy["idle"])
     assert models.bitops_ratio(table, policy) <= 0.035
