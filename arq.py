@@ -171,8 +171,8 @@ def noise_augmentation(network, x, noise, labels, teacher=None, share=0.0):
 
 def train(
     classifier, images, config, num_batches, lr, purpose="", decay=FINETUNE_DECAY,
-    state=None, save=lambda *progress: None, loss=noise_augmentation,
-):
+    state=None, save=lambda *_: None, loss=noise_augmentation,
+):  # fmt: skip
     """Nesterov SGD in place, under Gaussian noise; the weights. Ends in evaluation mode.
     The rate rises over a fifth of the batches, then falls along a cosine; decay spares
     step sizes, biases and BatchNorm. config: its seed, sigma and batch_size.
@@ -757,7 +757,7 @@ def cut(value):
 
 
 def report(results, folder):
-    """Write results.json and print it, beside the base's."""
+    """Write results.json; print it, by the base's."""
     write_whole(folder.path / "results.json", {**results, "seconds": folder.seconds})
     columns = {"float base": results.get("base"), "ARQ": results}
     columns = {title: column for title, column in columns.items() if column}
