@@ -1,8 +1,5 @@
 """ARQ: mixed-precision quantization that keeps a network's certified robustness.
 
-    python arq.py  # offline, minutes on two cores
-    python arq.py --dataset cifar10 --sigma 0.25 --budget 0.015  # the paper's setting
-
 Algorithm 1 (Yang et al., arXiv 2410.24214), and who does each line:
 
     ACR(g), cache <- FullRobustCertify(f)                  certify.Smooth.certify_and_cache
@@ -96,8 +93,7 @@ def evaluate_policy(policy, cache, start, base, images, search_pixels, config):
     """ACR(g^P) of a policy P on the search images (B, C, H, W), by IRS.
     cache: what f, the base, predicts on these; start: a copy of f from `prepare`
     images: those to fine-tune on, by the recipe of the best policy
-    Episodes replay one noise, which the search may exploit: its best policy is certified
-    from scratch."""
+    Episodes replay one noise, which the search may exploit: its ACR is no certificate."""
     quantized = copy.deepcopy(start)
     models.set_policy(quantized, policy)
     try:
@@ -187,13 +183,12 @@ def train(
     if state is not None:
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
-    first = state["batch"] if state else 0
     classifier.train()
     network = nn.parallel.DistributedDataParallel(classifier) if WORLD > 1 else classifier
     per_epoch = len(images) // batch_size
     require(per_epoch > 0, f"--batch-size {batch_size} exceeds the {len(images)} images")
     seed = hashlib.sha256(f"{config.seed}|{purpose}".encode()).digest()
-    for start in range(first, num_batches, per_epoch):
+    for start in range(state["batch"] if state else 0, num_batches, per_epoch):
         torch.manual_seed(int.from_bytes(seed[:4], "little") + start // per_epoch)
         end = min(start + per_epoch, num_batches)
         batches = torch.randperm(len(images)).split(batch_size)[: end - start]
@@ -228,15 +223,14 @@ def train(
 
 
 def fine_tune(classifier, base, images, config, num_batches, purpose, *progress):
-    """Train a copy of the float base, which gives a share of the targets."""
+    """Train a copy of the base, which gives a share of targets."""
     loss = partial(noise_augmentation, teacher=base, share=config.distill)
     schedule = num_batches, FINETUNE_LR, purpose, FINETUNE_DECAY
     train(classifier, images, config, *schedule, *progress, loss=loss)
 
 
 def prepare(base, images, config):
-    """A copy of a float network that takes any policy, and its layer table.
-    It is calibrated by up to 256 of the images under noise."""
+    """A copy of f, calibrated by some noisy images, and its layer table."""
     classifier = copy.deepcopy(base)
     table = models.quantize_model(classifier, config.image_size)
     x = images.batch(evenly_spaced(min(256, len(images)), len(images)), config.device)
@@ -257,7 +251,9 @@ def run(config):
     table = models.quantize_model(copy.deepcopy(base), config.image_size)
     environment = BitWidthEnvironment(table, config.budget)
     policy = config.policy and read_policy(config.policy, table, config.budget)
-    folder = RunFolder(config.out, asdict(config) | {"policy": policy})
+    contents = {"policy": policy, "training set": images.fingerprint()}
+    contents["test set"] = test_images.fingerprint()
+    folder = RunFolder(config.out, asdict(config) | contents)
     take_along(config, folder)
     print(f"{config.arch}; run folder {folder.path}")
     # 1: the float base classifier f
@@ -304,7 +300,8 @@ def evaluate_saved(config):
     file, images = Path(config.evaluate), load_images(config, False)
     classifier, table, description = models.load_model(file)
     require(description["classes"] == images.classes, f"{file}: other classes; give its --data")
-    contents = {"network": hashlib.sha256(file.read_bytes()).hexdigest()}
+    contents = {"test set": images.fingerprint()}
+    contents["network"] = hashlib.sha256(file.read_bytes()).hexdigest()
     folder = RunFolder(config.out, asdict(config) | contents)
     network = models.integer_network(classifier.to(config.device), config.eval_batch)
     rows = certified(folder, "certificate", network, images, config)
@@ -394,17 +391,17 @@ class RunFolder:
     ValueError, before anything is touched: a folder in use, or of other options."""
 
     def __init__(self, path, options):
-        self.path = Path(path)
+        self.path, self.options = Path(path), options
         file = self.path / "config.json"
         others = {entry.suffix for entry in self.path.glob("*")} - {".lock", ".part"}
         require(file.exists() or not others, f"--out {path} holds no run; give another --out")
         before = json.loads(file.read_text()) if file.exists() else options
-        for name in options.keys() - {"out", "data", "eval_batch"}:  # they change nothing
+        for name in options.keys() - {"out", "data", "eval_batch"}:
             both = f"{flag(name)} {before.get(name)} there, {options[name]} here"
             require(before.get(name) == options[name], f"{path}: {both}; give another --out")
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock = (self.path / "run.lock").open("a")
-        try:  # it ends with the process, and is not for workers
+        try:  # it ends with the process; workers have none
             if RANK == 0 and os.name == "posix":
                 os.lockf(self.lock.fileno(), os.F_TLOCK, 0)
         except OSError as error:  # others where there are no locks
@@ -435,7 +432,7 @@ class RunFolder:
             if RANK == 0 and sys.stderr.isatty():
                 line = f"{name}: {done}/{total}, {done / spent:.3g}/s, {left} left"
                 line = line if done < total else ""
-                print(f"\r  {line:<90}\r", end="", file=sys.stderr, flush=True)
+                print(f"\r  {line:<90}\r", end="", file=sys.stderr)
             return left
 
         write_whole(file, work(*arguments, state, save))
@@ -450,8 +447,9 @@ def take_along(config, folder):
     if checkpoint.name != "base.pt" or not options.exists():
         return
     before = json.loads(options.read_text())
-    names = "dataset data image_size images search_images arch sigma n0 n search_n alpha seed"
-    agree = all(before.get(name) == getattr(config, name) for name in names.split())
+    names = "image_size images search_images arch sigma n0 n search_n alpha seed device".split()
+    names += ["training set", "test set"]
+    agree = all(before.get(name) == folder.options[name] for name in names)
     for product in ("search_cache.pt", "base_certificates.tsv") if agree else ():
         old, new = checkpoint.with_name(product), folder.path / product
         if old.exists() and not new.exists():
@@ -464,7 +462,7 @@ def write_whole(path, value):
     if path.suffix == ".json":
         value = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
     if not isinstance(value, bytes):
-        buffer = io.BytesIO()  # so that a full disk is an OSError
+        buffer = io.BytesIO()  # a full disk is an OSError
         torch.save(value, buffer)
         value = buffer.getbuffer()
     part = path.with_name(f"{path.name}.{RANK}.part")  # all write the same
@@ -574,11 +572,11 @@ def parse_config(argv=None):
         inside = least is None or least <= value <= most
         about = f"from {least} to {most}, not {value}: {item.metadata['argument']['help']}"
         require(inside, f"{flag(item.name)} must be {about}")
-    pixels = 3 * config.image_size**2
     for samples in (config.n, config.search_n, config.n_p):
-        certify.alpha_after_noise(config.alpha, samples, pixels, config.sigma)
+        certify.alpha_after_noise(config.alpha, samples, 3 * config.image_size**2, config.sigma)
     require(config.batch_size >= 2 * WORLD, f"--batch-size: {WORLD} processes need more")
-    require(config.n_p <= config.search_n, "--n-p must not exceed --search-n")
+    fewer = config.n_p <= config.search_n
+    require(fewer, f"--n-p {config.n_p} exceeds --search-n {config.search_n}")
     name = f"{config.dataset}-{config.arch}-sigma{config.sigma:g}-budget{config.budget:g}"
     file = Path(config.policy or config.evaluate or "").parts[-2:]
     config.out = config.out or "-".join([f"runs/{name}", *file, f"seed{config.seed}"])
@@ -614,6 +612,11 @@ class ImageSet:
     def batch(self, indices, device="cpu"):
         """Float images (len(indices), 3, size, size) in [0, 1]."""
         return torch.stack([self[i][0] for i in indices]).to(device).float().div_(255)
+
+    def fingerprint(self):
+        """Of labels and a few images."""
+        probes = self.batch(evenly_spaced(min(16, len(self)), len(self))).numpy().tobytes()
+        return hashlib.sha256(repr([self.classes, self.labels]).encode() + probes).hexdigest()
 
 
 def evenly_spaced(count, total):
@@ -660,7 +663,7 @@ def load_images(config, train):
 
 
 def read_image(path, size):
-    """RGB uint8 (3, size, size): shorter side resized, centre cropped; no EXIF."""
+    """RGB uint8 (3, size, size): shorter side resized, centre cropped."""
     try:
         with Image.open(path) as file:
             require(file.mode[0] not in "IF", f"mode {file.mode} has no range: save 8 bits")
@@ -672,13 +675,13 @@ def read_image(path, size):
 
 
 def draw_shapes(count, seed, size):
-    """Ten classes of flowers of any place, size, tilt, colour and ground."""
+    """Ten classes of flowers of any place, size, tilt and colour."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low, high, *shape):
         return low + (high - low) * torch.rand(count, *shape, generator=generator)
 
-    petals = 0, 2, 3, 4, 5  # of a flower; without any it is a disk
+    petals = 0, 2, 3, 4, 5  # none: a disk
     classes = [f"{n} petals, {fill}" for n in petals for fill in ("filled", "hollow")]
     labels = torch.arange(count) * len(classes) // count
     petals, hollow = torch.tensor(petals)[labels // 2], labels % 2
@@ -694,7 +697,8 @@ def draw_shapes(count, seed, size):
     return ImageSet(labels.tolist(), classes, size, list(pixels.to(torch.uint8)))
 
 
-# ---- processes of torchrun: rank 0 writes and prints ----
+# ---- processes of torchrun: only rank 0 prints ----
+print = partial(print, flush=True)  # also into pipes
 WORLD = int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else 1
 RANK = int(os.environ["RANK"]) if WORLD > 1 else 0
 MINE = slice(RANK, None, WORLD)  # this process's part of a batch
@@ -752,8 +756,7 @@ def summarize(rows, network, table, policy, config, file):
 
 def cut(value):
     """Fractions to four decimals, towards zero."""
-    cuts = isinstance(value, float)  # 0.57e4 is 5699.999999999999
-    return f"{int(round(value * 1e4, 9)) / 1e4:.4f}" if cuts else str(value)
+    return f"{int(round(value * 1e4, 9)) / 1e4:.4f}" if isinstance(value, float) else str(value)
 
 
 def report(results, folder):
@@ -763,8 +766,7 @@ def report(results, folder):
     columns = {title: column for title, column in columns.items() if column}
     print(f"\n{'':<14}" + "".join(f"{title:>14}" for title in columns))
     for name in ("accuracy", "acr", "abstained", "bitops_ratio", "file_bytes", "backend"):
-        cells = [cut(column[name]) for column in columns.values()]
-        print(f"{name:<14}" + "".join(f"{cell:>14}" for cell in cells))
+        print(f"{name:<14}" + "".join(f"{cut(c[name]):>14}" for c in columns.values()))
     if "base" in results:
         mean, error = results["acr_difference"].values()
         print(f"ACR less the base's, same images: {mean:+.4f}, standard error {cut(error)}")
@@ -774,7 +776,6 @@ def report(results, folder):
 
 def main(argv=None):
     code, remedy = 2, "the same command continues"
-    sys.stdout.reconfigure(line_buffering=True)
     try:
         config = parse_config(argv)
         if WORLD > 1:

@@ -121,8 +121,8 @@ def alpha_after_noise(alpha, n, pixels, sigma, levels=255) -> float:
     all channels. ValueError if n votes of n then certify nothing."""
     per_pixel = 0.0 if levels is None else levels * sigma * 2**-57 + 2**-50
     error = n * pixels * per_pixel  # measured: at most a third of this
-    least = 0.5**n + error
-    require(least < alpha < 1, f"{n} samples need alpha in {least:.2g} to 1, not {alpha}")
+    low = 0.5**n + error
+    require(low < alpha < 1, f"{n} samples need alpha in {low:.2g}..1, not {alpha}; take more")
     return alpha - error
 
 

@@ -1,10 +1,6 @@
 """Networks, the quantizer, and what a bit-width policy costs.
 
-    table = quantize_model(classifier, image_size)    # layers become QuantLayers
-    calibrate(classifier, batches)                    # step sizes for every bit-width
-    set_policy(classifier, uniform_policy(table, 4))  # at any time; then train
-    network = integer_network(classifier)             # what is certified
-    data = pack_model(classifier, table, about)       # the same integers as a file
+In order: quantize_model, calibrate, set_policy, training, integer_network or pack_model.
 
     paper       here            shape, meaning
     P           policy          {layer: [b_w, b_a]}
@@ -15,8 +11,6 @@
     MACs        macs            multiplications for one image
     BitOPs(P)   bitops_ratio    sum of MACs * b_w * b_a, over that of 32-bit floats
     size(P)     size_bytes      sum of weights * b_w, in bytes
-
-Sources: LSQ (Esser et al., ICLR 2020); CIFAR ResNets (He et al., 2016, 4.2).
 """
 
 import contextlib
@@ -54,7 +48,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class CifarResNet(nn.Module):
-    """ResNet of depth 6n + 2: n blocks each of 16, 32 and 64 channels."""
+    """ResNet of depth 6n + 2 (He et al., 2016, 4.2): n blocks each of 16, 32, 64."""
 
     def __init__(self, depth: int, num_classes: int):
         super().__init__()
@@ -143,7 +137,7 @@ def quantize(v: Tensor, step: Tensor, q_min: int, q_max: int) -> Tensor:
 
 
 class FakeQuantize(torch.autograd.Function):
-    """step * round(clip(v / step)) with LSQ's gradients (Esser et al., 2.1).
+    """step * round(clip(v / step)) with LSQ's gradients (Esser et al., ICLR 2020, 2.1).
     For v: 1 inside the clip range, else 0. For the step: q - v/step inside, q outside,
     over Q^2 sqrt(N), with N elements per step (of one sample); LSQ has sqrt(N Q)."""
 
@@ -353,7 +347,7 @@ def quantize_model(classifier: nn.Module, image_size: int, quantizer=LSQ) -> lis
         if torch.equal(trial(probe), expected):
             replace_layers(classifier, rows, quantizer)
             return rows
-    raise ValueError("QuantLayers compute otherwise: hooks, or logits not finite?")
+    raise ValueError("QuantLayers compute otherwise: hooks?")
 
 
 def trace(classifier, probe: Tensor) -> tuple[Tensor, list[Layer]]:
@@ -364,7 +358,8 @@ def trace(classifier, probe: Tensor) -> tuple[Tensor, list[Layer]]:
         require(inputs, f"layer {name} is called by keyword")
         x = inputs[0]
         if isinstance(module, nn.BatchNorm2d):
-            if x in layers and module.affine and module.track_running_stats:
+            usual = module.affine and module.track_running_stats
+            if usual and x in layers and x._version == 0:  # no ReLU changed it in place
                 layers[x] = layers[x]._replace(norm=name)
             return
         weight, shape = module.weight, (*x.shape[1:], 1, 1)[:3]
@@ -380,7 +375,9 @@ def trace(classifier, probe: Tensor) -> tuple[Tensor, list[Layer]]:
         if isinstance(module, (*LAYERS, nn.BatchNorm2d)):
             module.register_forward_hook(functools.partial(keep, name))
     logits = classifier(probe)
-    require(isinstance(logits, Tensor) and logits.ndim == 2, "the network returns no logits")
+    is_logits = isinstance(logits, Tensor) and logits.ndim == 2
+    require(is_logits, f"the network returns a {type(logits).__name__}, not logits")
+    require(logits.isfinite().all(), "logits are not finite: check the network")
     called = [row.name for row in layers.values()]
     for name, module in body.named_modules(remove_duplicate=False):
         times = called.count(name) if isinstance(module, LAYERS) else 1
@@ -462,11 +459,13 @@ def calibrate(classifier: nn.Module, batches, values: int = 65536) -> None:
 
 
 def bitops_ratio(table: list[Layer], policy: Policy) -> float:
+    """The sum of MACs * b_w * b_a, over that of 32-bit floats."""
     bitops = sum(layer.macs * math.prod(policy[layer.name]) for layer in table)
     return bitops / sum(layer.macs * FLOAT_BITS**2 for layer in table)
 
 
 def size_bytes(table: list[Layer], policy: Policy) -> int:
+    """size(P): the weights' bits, in whole bytes."""
     return math.ceil(sum(layer.weights * policy[layer.name][0] for layer in table) / 8)
 
 
@@ -553,7 +552,7 @@ def pack_model(classifier: Classifier, table: list[Layer], description: dict) ->
     for key in ("arch", "image_size", "sigma", "dataset", "classes"):
         require(key in description, f"the description lacks {key!r}")
     known = isinstance(classifier, Classifier) and description["arch"] in NETWORKS
-    require(known, "only a Classifier of NETWORKS loads")
+    require(known, f"{description['arch']!r}: only a Classifier of NETWORKS loads")
     require(len(description["classes"]) == table[-1].c_out, "more or fewer classes")
     inside, names = tuple(f"{row.name}." for row in table), classifier.net.state_dict()
     outside = [name for name in names if not name.startswith(inside)]

@@ -974,6 +974,14 @@ def test_pre_activation_networks_of_any_channels_are_quantized(backend, channels
         assert (network(x) - floats(x)).std() < 0.2 * floats(x).std()
 
 
+def test_a_norm_behind_an_activation_in_place_is_not_the_layers():
+    """New BatchNorms hardly compute anything, so that their place shows only after training."""
+    layers = nn.Conv2d(3, 8, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(8), nn.Flatten()
+    net = nn.Sequential(*layers, nn.Linear(8 * 14 * 14, 4))
+    table = models.quantize_model(net, 16)
+    assert [row.norm for row in table] == ["", ""] and net[2] is layers[2]
+
+
 class With(nn.Module):
     """A convolution, something else, a linear layer."""
 
@@ -1010,9 +1018,9 @@ REFUSED = {
     "layer extra.1 runs 0 times by this name": With(
         nn.Sequential(POINT, POINT), lambda e, x: e[0](x)
     ),
-    "no logits": With(nn.Identity(), lambda extra, x: {"out": x}),
+    "returns a dict": With(nn.Identity(), lambda extra, x: {"out": x}),
     "bfloat16": With(nn.Identity()).bfloat16(),
-    "logits not finite": models.Classifier(With(nn.Identity()), std=(0.0, 1.0, 1.0)),
+    "not finite: check": models.Classifier(With(nn.Identity()), std=(0.0, 1.0, 1.0)),
 }
 
 
@@ -1165,12 +1173,12 @@ def test_nothing_is_packed_that_could_not_be_loaded_again(tmp_path, monkeypatch)
         rest = {key: value for key, value in DESCRIPTION.items() if key != name}
         with pytest.raises(ValueError, match=name):
             models.pack_model(classifier, table, rest)
-    for wrong, words in (({"classes": [1]}, "fewer classes"), ({"arch": "mine"}, "NETWORKS")):
+    for wrong, words in (({"classes": [1]}, "fewer classes"), ({"arch": "mine"}, "'mine'")):
         with pytest.raises(ValueError, match=words):
             models.pack_model(classifier, table, DESCRIPTION | wrong)
     with pytest.raises(ValueError, match="32 bits"):
         models.pack_model(*quantized(bits=32)[:2], DESCRIPTION)
-    with pytest.raises(ValueError, match="only a Classifier of NETWORKS"):
+    with pytest.raises(ValueError, match="'resnet8': only a Classifier"):
         models.pack_model(classifier.net, table, DESCRIPTION)
     monkeypatch.setitem(models.NETWORKS, "pre", (PreActivation, models.CIFAR10))
     with pytest.raises(ValueError, match="only layers are packed, not .'norm1.weight'"):
@@ -1789,10 +1797,10 @@ def fails(arguments, capsys, *words, code=2) -> bool:
     [
         ("--sigma 25", ["--sigma", "from 0.004 to 4", "[0, 1] pixels"]),
         ("--budget 0.004", ["--budget", "0.00"]),
-        ("--n 9", ["9 samples need alpha"]),
+        ("--n 9", ["9 samples", "alpha", "take more"]),
         (f"--checkpoint {__file__}", ["test_arq.py is no state dict", "--arch"]),
         ("--episode-batch 1", ["--episode-batch"]),
-        ("--n-p 600", ["--n-p", "--search-n"]),
+        ("--n-p 600", ["--n-p 600", "--search-n 400"]),
         ("--images 2000", ["--images 2000", "1000"]),
         ("--policy 32", ["--policy 32", "2 to 8 bits"]),
         ("--policy /nowhere.json", ["/nowhere.json", "No such file"]),
@@ -2021,6 +2029,13 @@ def test_another_budget_takes_the_bases_certificates_along(copied_run, capsys):
     results = [json.loads(Path(run, "results.json").read_text()) for run in ("run", "wider")]
     assert results[0]["base"]["acr"] == results[1]["base"]["acr"]
     assert results[1]["bitops_ratio"] > 0.015
+    config = json.loads(Path("run/config.json").read_text())
+    assert len({config["training set"], config["test set"]}) == 2
+    for name in ("test set", "device"):  # of other images or noise
+        Path("run/config.json").write_text(json.dumps(config | {name: "another"}))
+        folder = arq.RunFolder(name, config)
+        arq.take_along(arq.parse_config([*command, "--out", name]), folder)
+        assert sorted(os.listdir(name)) == ["config.json", "run.lock"]
     assert arq.main([*command, "--n", "300", "--out", "longer"]) == 0
     assert "base_certificates.tsv: taken" not in capsys.readouterr().out
     assert certify.read_certificates("longer/base_certificates.tsv")[0].n == 300

@@ -101,13 +101,12 @@ class EvolutionAgent(DDPG):
         return torch.where(mutate < self.mutation, fresh, mother).tolist()
 
 
-def evaluate_accuracy(policy, cache, start, base, images, judged, config, final=False):
+def evaluate_accuracy(policy, cache, start, base, images, judged, config):
     """HAQ (Wang et al., 2019, equation 5): the reward is accuracy on `judged` without noise.
     As arq.evaluate_policy, up to the integer network."""
     quantized = copy.deepcopy(start)
     models.set_policy(quantized, policy)
-    num_batches = config.episode_batches * (2 if final else 1)
-    arq.fine_tune(quantized, base, images, config, num_batches, "episode")
+    arq.fine_tune(quantized, base, images, config, config.episode_batches, "episode")
     return accuracy(models.integer_network(quantized, config.eval_batch), judged, config)
 
 
